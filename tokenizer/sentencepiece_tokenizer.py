@@ -1,0 +1,111 @@
+"""SentencePiece (Kudo & Richardson 2018): BPE or unigram over characters, with bytes for the rarest."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from cli import UserError
+
+from .base import Tokenizer, write_json
+
+SPACE = "▁"  # U+2581 stands for a space inside pieces
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, given as the bytes of its tokenizer.model, behind the face of `Tokenizer`.
+
+    Models trained here are lossless: neither normalisation nor a space put before the text, and U+2581 itself, which
+    sentencepiece would turn into a space, is written as bytes. Models of others keep their habits. Raises ValueError
+    for bytes that are no model.
+    """
+
+    def __init__(self, model: bytes, config: dict):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError("not a sentencepiece model") from None
+        self._model = model
+        sp = self._processor
+        ids = range(sp.vocab_size())
+        special = {sp.id_to_piece(id): id for id in ids if sp.is_control(id) or sp.is_unknown(id)}
+        super().__init__({id: piece_bytes(sp, id) for id in ids}, special, config)
+        self._adds_space = sp.normalize("a").startswith(SPACE)
+        self._special_pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        parts = self._special_pattern.split(text) if allow_special else [text]
+        ids = [self.special_tokens[part] if odd else self._encode_plain(part) for odd, part in enumerate(parts)]
+        return np.array(ids, np.uint32)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without special tokens."""
+        if self._adds_space or SPACE not in text:
+            return self._processor.encode(text.encode())
+        head, *tail = text.split(SPACE)
+        space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        return self._processor.encode(head.encode()) + [
+            id for part in tail for id in space + self._processor.encode(part)
+        ]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        data = super().decode_bytes(ids)
+        return data.removeprefix(b" ") if self._adds_space else data
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(self._model)
+        write_json(folder / "tokenizer_config.json", self.config)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._model).hexdigest()
+
+
+def piece_bytes(processor: sentencepiece.SentencePieceProcessor, id: int) -> bytes:
+    """The bytes that the piece `id` writes."""
+    name = processor.id_to_piece(id)
+    if processor.is_byte(id):
+        return bytes([int(name[3:5], 16)])
+    if processor.is_control(id) or processor.is_unknown(id):
+        return name.encode()
+    return name.replace(SPACE, " ").encode()
+
+
+def train_sentencepiece(
+    documents: Iterable[str], vocab_size: int, algorithm: str, special_tokens: list[str], processes: int
+) -> bytes:
+    """A sentencepiece model ("bpe" or "unigram") of `vocab_size` pieces trained on the lines of `documents`.
+
+    Of the pieces one is <unk>, 256 are bytes, and `special_tokens` are control pieces, which no text produces. Raises
+    UserError for a vocabulary too small for the characters of the text, or larger than the text gives.
+    """
+    model = io.BytesIO()
+    lines = (line for text in documents for line in text.splitlines(keepends=True))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type=algorithm,
+            vocab_size=vocab_size,
+            control_symbols=special_tokens,
+            byte_fallback=True,
+            character_coverage=0.9995,  # of the characters met; the rarest are left to bytes
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=processes,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"--vocab-size {vocab_size}: {str(error).split('] ')[-1]}") from None
+    return model.getvalue()
