@@ -212,7 +212,7 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    """Causal attention, H query heads sharing K key/value heads (Ainslie et al. 2023), with optional RoPE and QK-norm."""
+    """Causal attention, H query heads sharing K key/value heads (Ainslie et al. 2023), RoPE and QK-norm by config."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
