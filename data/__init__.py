@@ -1,0 +1,1 @@
+"""From raw text to batches: sources, curation, preparation, the loader and its n-gram baseline."""
