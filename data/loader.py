@@ -27,6 +27,7 @@ from cli import UserError
 
 IGNORED = -100  # a target that no loss counts, as in torch's cross entropy
 MIX_CYCLE = 1000  # a mixture repeats after this many samples: weights are honoured to a tenth of a percent
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: SplitMix64's step
 _FEISTEL_ROUNDS = 6  # Luby and Rackoff prove 4 for large blocks; two more because small data sets make small blocks
 
 
@@ -152,7 +153,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     again until it falls inside, "cycle walking" (Black and Rogaway 2002, "Ciphers with arbitrary finite domains",
     section 3), which takes fewer than four turns on average.
 
-    Args: index, (N,) uint64 below size; key, (N,) uint64. Returns (N,) uint64 below size.
+    Args: index, (N,) uint64 below size; key, (N,) uint64, well mixed. Returns (N,) uint64 below size.
     """
     result = _feistel(index, size, key)
     while (outside := result >= size).any():
@@ -164,8 +165,9 @@ def _feistel(block: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     left, right = block >> half, block & mask
-    for turn in range(_FEISTEL_ROUNDS):
-        left, right = right, left ^ (mix64(right ^ mix64(key + np.uint64(turn + 1))) & mask)
+    for _ in range(_FEISTEL_ROUNDS):
+        key = key + _GOLDEN_GAMMA
+        left, right = right, left ^ (mix64(key ^ right) & mask)
     return (left << half) | right
 
 
@@ -191,16 +193,16 @@ def window_starts(number: np.ndarray, span: tuple[int, int], sequence_length: in
 
 
 class Mixture:
-    """Which source each sample comes from: MIX_CYCLE slots shared out by weight, shuffled by the seed, repeated."""
+    """Which source each sample comes from: MIX_CYCLE slots shared out by weight, shuffled by the key, repeated."""
 
-    def __init__(self, weights: dict[str, float], seed: int):
+    def __init__(self, weights: dict[str, float], key: int):
         self.sources = sorted(weights)  # the order of the flags changes nothing
         slots = apportion([weights[source] for source in self.sources], MIX_CYCLE)
         if 0 in slots:
             rare = self.sources[slots.index(0)]
             raise UserError(f"--mix: the weight of {rare} is below 1/{MIX_CYCLE} of the sum: raise it or leave it out")
         cycle = np.repeat(np.arange(len(slots)), slots)
-        order = permute(np.arange(MIX_CYCLE, dtype=np.uint64), MIX_CYCLE, np.full(MIX_CYCLE, seed, np.uint64))
+        order = permute(np.arange(MIX_CYCLE, dtype=np.uint64), MIX_CYCLE, np.full(MIX_CYCLE, key, np.uint64))
         self.cycle = cycle[order.astype(np.int64)]  # (MIX_CYCLE,) index into sources
         drawn = self.cycle[:, None] == np.arange(len(slots))  # (MIX_CYCLE, sources)
         self.slots = drawn.sum(0)  # (sources,)
