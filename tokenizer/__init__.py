@@ -31,15 +31,16 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     folder = Path(folder)
     config = read_config(folder)
-    if (folder / "tokenizer.json").exists():
+    spec = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+    if (folder / "tokenizer.model").exists():
+        path = folder / "tokenizer.model"
+        build = lambda: SentencePieceTokenizer(path.read_bytes(), config, spec)
+    elif spec is not None:
         path = folder / "tokenizer.json"
-        build = lambda: ByteLevelBPE(read_json(path), config)
+        build = lambda: ByteLevelBPE(spec, config)
     elif (folder / "vocab.json").exists():
         path = folder / "vocab.json"
         build = lambda: ByteLevelBPE(gpt2_spec(read_json(path), folder / "merges.txt"), config)
-    elif (folder / "tokenizer.model").exists():
-        path = folder / "tokenizer.model"
-        build = lambda: SentencePieceTokenizer(path.read_bytes(), config)
     else:
         raise UserError(f"{folder} holds no tokenizer: no tokenizer.json, vocab.json or tokenizer.model")
     try:

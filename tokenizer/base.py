@@ -5,7 +5,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +69,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str], processes: int = 1) -> list[np.ndarray]:
         """The ids of each text as a uint32 array, special tokens' strings being text; large batches repay processes."""
         processes = max(1, min(processes, len(texts)))
-        ends = np.array(list(accumulate(map(len, texts), initial=0)))
-        cuts = np.searchsorted(ends, np.linspace(0, ends[-1], processes + 1)[1:-1]).tolist()
-        work = partial(self._encode_part, texts, [0, *cuts, len(texts)])
-        parts = over_processes(work, processes)
-        return [array for ids, lengths in parts for array in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths)]
+        shares = over_processes(partial(self._encode_share, texts, processes), processes)
+        arrays = [None] * len(texts)
+        for part, (ids, lengths) in enumerate(shares):
+            arrays[part::processes] = np.split(ids, np.cumsum(lengths)[:-1]) if lengths else []
+        return arrays
 
-    def _encode_part(self, texts: Sequence[str], cuts: list[int], part: int) -> tuple[np.ndarray, list[int]]:
-        """The ids of texts[cuts[part]:cuts[part + 1]] in one array, which travels cheaply, and each text's length."""
-        arrays = [self.encode_array(text) for text in texts[cuts[part] : cuts[part + 1]]]
+    def _encode_share(self, texts: Sequence[str], processes: int, part: int) -> tuple[np.ndarray, list[int]]:
+        """The ids of texts part, part + processes, ... in one array, which travels cheaply, and each text's length."""
+        arrays = [self.encode_array(text) for text in texts[part::processes]]
         return np.concatenate([np.empty(0, np.uint32), *arrays]), [len(array) for array in arrays]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -16,7 +16,7 @@ from cli import UserError
 
 from .base import Tokenizer, write_json
 from .bpe_training import byte_alphabet
-from .tokenizer_json import checked_model, merge_pairs, normalizer, split_steps, token_to_bytes
+from .tokenizer_json import checked_model, merge_pairs, normalizer, split_steps, vocabulary_bytes
 
 LONG_CHUNK = 128  # symbols: beyond, a queue of pairs beats looking at all of them after each merge
 MAX_CACHED = 1_000_000  # chunks
@@ -32,7 +32,7 @@ class ByteLevelBPE(Tokenizer):
         model = checked_model(spec)
         vocab = model["vocab"]
         added = {token["id"]: token for token in spec.get("added_tokens") or []}
-        pieces = {id: token_to_bytes(token) for token, id in vocab.items()}
+        pieces = {vocab[token]: data for token, data in vocabulary_bytes(vocab).items()}
         pieces |= {id: token["content"].encode() for id, token in added.items()}
         super().__init__(pieces, {token["content"]: id for id, token in added.items() if token["special"]}, config)
         self._spec = spec
@@ -42,17 +42,17 @@ class ByteLevelBPE(Tokenizer):
         self._chunks = ChunkEncoder(vocab, merge_pairs(model["merges"]), bool(model.get("ignore_merges")))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        packed = []
+        symbols = []
         for id, part in self._added[allow_special].split(text, self._normalize):
-            packed.append(np.uint32(id).tobytes() if part is None else self._encode_plain(part))
-        return np.frombuffer(b"".join(packed), np.uint32)
+            symbols.append(chr(id) if part is None else self._encode_plain(part))
+        return np.frombuffer("".join(symbols).encode("utf-32-le", "surrogatepass"), "<u4")
 
-    def _encode_plain(self, text: str) -> bytes:
-        """The ids of a text without added tokens, as bytes of uint32."""
+    def _encode_plain(self, text: str) -> str:
+        """The symbols of a text without added tokens."""
         chunks = [text]
         for step in self._split_steps:
             chunks = step(chunks)
-        return b"".join(map(self._chunks.__getitem__, chunks))
+        return "".join(map(self._chunks.__getitem__, chunks))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +68,9 @@ class ByteLevelBPE(Tokenizer):
 
 
 class ChunkEncoder(dict):
-    """A cache from a chunk of text to its ids, packed as bytes of uint32; a chunk not met before is encoded.
+    """A cache from a chunk of text to its symbols; a chunk not met before is encoded.
 
-    Inside, a symbol is the character chr(id), so that a chunk is a `str` and a merge is `str.replace`.
+    A symbol is the character chr(id), so that a chunk is a `str`, a merge is `str.replace`, and UTF-32 is the ids.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[list[str]], ignore_merges: bool):
@@ -83,18 +83,19 @@ class ChunkEncoder(dict):
             raise UserError(f"a merge makes or takes {error.args[0]!r}, which is not in the vocabulary") from None
         # ranks count from 1, so that 0 and None both mean that no merge is left
         self._ranks = {left + right: rank for rank, (left, right, _) in enumerate(self._merges, start=1)}
-        self._whole = {token_to_bytes(token): chr(id) for token, id in vocab.items()} if ignore_merges else {}
+        self._whole = (
+            {data: chr(vocab[token]) for token, data in vocabulary_bytes(vocab).items()} if ignore_merges else {}
+        )
 
-    def __missing__(self, chunk: str) -> bytes:
+    def __missing__(self, chunk: str) -> str:
         data = chunk.encode()
         symbols = self._whole.get(data) or data.decode("latin-1").translate(self._byte_symbols)
         symbols = self._merge_long(symbols) if len(symbols) > LONG_CHUNK else self._merge(symbols)
-        packed = np.fromiter(map(ord, symbols), np.uint32, len(symbols)).tobytes()
-        if len(symbols) <= LONG_CHUNK:
+        if len(chunk) <= LONG_CHUNK:
             if len(self) >= MAX_CACHED:
                 self.clear()
-            self[chunk] = packed
-        return packed
+            self[chunk] = symbols
+        return symbols
 
     def _merge(self, symbols: str) -> str:
         """Merge the pair of lowest rank, the leftmost of equals, until no pair has a rank."""

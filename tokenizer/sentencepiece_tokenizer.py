@@ -12,34 +12,42 @@ import sentencepiece
 from cli import UserError
 
 from .base import Tokenizer, write_json
+from .tokenizer_json import added_token
 
 SPACE = "▁"  # U+2581 stands for a space inside pieces
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, given as the bytes of its tokenizer.model, behind the face of `Tokenizer`.
+    """A sentencepiece model behind the face of `Tokenizer`.
+
+    model: the bytes of tokenizer.model. config: tokenizer_config.json. spec: the tokenizer.json of the same model, for
+    other programs' use, or None; it is kept as it came.
 
     Models trained here are lossless: neither normalisation nor a space put before the text, and U+2581 itself, which
     sentencepiece would turn into a space, is written as bytes. Models of others keep their habits. Raises ValueError
     for bytes that are no model.
     """
 
-    def __init__(self, model: bytes, config: dict):
+    def __init__(self, model: bytes, config: dict, spec: dict | None = None):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise ValueError("not a sentencepiece model") from None
         self._model = model
+        self._spec = spec
         sp = self._processor
         ids = range(sp.vocab_size())
         special = {sp.id_to_piece(id): id for id in ids if sp.is_control(id) or sp.is_unknown(id)}
         super().__init__({id: piece_bytes(sp, id) for id in ids}, special, config)
         self._adds_space = sp.normalize("a").startswith(SPACE)
-        self._special_pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._special_pattern = re.compile(f"({names})")
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         parts = self._special_pattern.split(text) if allow_special else [text]
-        ids = [self.special_tokens[part] if odd else self._encode_plain(part) for odd, part in enumerate(parts)]
+        ids = []
+        for number, part in enumerate(parts):  # each odd part is a special token, captured by the pattern
+            ids += [self.special_tokens[part]] if number % 2 else self._encode_plain(part)
         return np.array(ids, np.uint32)
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -59,6 +67,8 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)
+        if self._spec is not None:
+            write_json(folder / "tokenizer.json", self._spec)
         write_json(folder / "tokenizer_config.json", self.config)
 
     def fingerprint(self) -> str:
@@ -109,3 +119,34 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise UserError(f"--vocab-size {vocab_size}: {str(error).split('] ')[-1]}") from None
     return model.getvalue()
+
+
+def sentencepiece_spec(model: bytes, algorithm: str) -> dict:
+    """The tokenizer.json of a model made by `train_sentencepiece`, so that Hugging Face encodes like it.
+
+    Of all text only U+2581 is encoded otherwise there: as a space.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scores = {sp.id_to_piece(id): sp.get_score(id) for id in range(sp.vocab_size())}
+    model_spec = {"unk_id": 0, "vocab": list(scores.items())} if algorithm == "unigram" else bpe_model(scores)
+    special = [id for id in range(sp.vocab_size()) if sp.is_control(id) or sp.is_unknown(id)]
+    steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(id, sp.id_to_piece(id)) for id in special],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*steps, {"type": "Fuse"}]},
+        "model": {"type": "Unigram" if algorithm == "unigram" else "BPE", "byte_fallback": True} | model_spec,
+    }
+
+
+def bpe_model(scores: dict[str, float]) -> dict:
+    """Vocabulary and merges for Hugging Face's BPE: all ways to halve a piece into pieces, the best piece first."""
+    vocab = {piece: id for id, piece in enumerate(scores)}
+    merges = []
+    for piece in sorted(scores, key=lambda piece: (-scores[piece], vocab[piece])):
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        halves = [half for half in halves if half[0] in vocab and half[1] in vocab]
+        merges += sorted(halves, key=lambda half: (vocab[half[0]], vocab[half[1]]))
+    return {"unk_token": "<unk>", "vocab": vocab, "merges": merges}

@@ -7,11 +7,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import regex
-
 from cli import UserError
 
-from .bpe_training import GPT2_PATTERN, byte_alphabet, split_text
+from .bpe_training import GPT2_PATTERN, Splitter, byte_alphabet
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -35,12 +33,10 @@ def merge_pairs(merges: list) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
 
 
-def token_to_bytes(token: str) -> bytes:
-    """The bytes of a token of the vocabulary; one that is not written in the byte alphabet stands for its own text."""
+def vocabulary_bytes(vocab: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of each token; one that is not written in the byte alphabet stands for its own text."""
     byte_of = {symbol: byte for byte, symbol in byte_alphabet().items()}
-    if all(symbol in byte_of for symbol in token):
-        return bytes(byte_of[symbol] for symbol in token)
-    return token.encode()
+    return {t: bytes(map(byte_of.get, t)) if byte_of.keys() >= set(t) else t.encode() for t in vocab}
 
 
 def flat_steps(spec: dict | None, inner: str) -> list[dict]:
@@ -74,17 +70,17 @@ def split_steps(spec: dict | None) -> list[Callable[[Iterable[str]], Iterable[st
     for step in flat_steps(spec, "pretokenizers"):
         match step:
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-                steps.append(partial(split_chunks, compiled(pattern)))
+                steps.append(partial(split_chunks, covering(pattern)))
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:
-                steps.append(partial(split_chunks, regex.compile(pattern)))
+                steps.append(partial(split_chunks, Splitter(pattern)))
             case {"type": "Digits", "individual_digits": individual}:
-                steps.append(partial(split_chunks, compiled(r"\p{N}" if individual else r"\p{N}+")))
+                steps.append(partial(split_chunks, covering(r"\p{N}" if individual else r"\p{N}+")))
             case {"type": "ByteLevel"}:
                 byte_level = True
                 if step.get("add_prefix_space", True):
                     steps.append(partial(map, prefix_space))
                 if step.get("use_regex", True):
-                    steps.append(partial(split_chunks, compiled(GPT2_PATTERN)))
+                    steps.append(partial(split_chunks, covering(GPT2_PATTERN)))
             case _:
                 raise UserError(f"its pre-tokenizer step {json.dumps(step)} is not read here")
     if not byte_level:
@@ -92,14 +88,14 @@ def split_steps(spec: dict | None) -> list[Callable[[Iterable[str]], Iterable[st
     return steps
 
 
-def compiled(pattern: str) -> regex.Pattern:
+def covering(pattern: str) -> Splitter:
     """`pattern` made to cover any text: where it does not match, all up to its next match is one chunk."""
-    return regex.compile(rf"{pattern}|(?s:(?:(?!{pattern}).)+)")
+    return Splitter(rf"{pattern}|(?s:(?:(?!{pattern}).)+)")
 
 
-def split_chunks(pattern: regex.Pattern, chunks: Iterable[str]) -> Iterable[str]:
-    """Every chunk cut by `pattern`."""
-    return chain.from_iterable(map(partial(split_text, pattern), chunks))
+def split_chunks(splitter: Splitter, chunks: Iterable[str]) -> Iterable[str]:
+    """Every chunk cut by `splitter`."""
+    return chain.from_iterable(map(splitter.split, chunks))
 
 
 def prefix_space(chunk: str) -> str:
@@ -128,17 +124,22 @@ def gpt2_spec(vocab: dict[str, int], merges: Path) -> dict:
 
 def bpe_spec(vocab: dict[str, int], merges: list[list[str]], pre_tokenizer: dict, special: dict[str, int]) -> dict:
     """A whole tokenizer.json of byte-level BPE."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": token, **flags} for token, id in special.items()],
+        "added_tokens": [added_token(id, token) for token, id in special.items()],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": BYTE_LEVEL,
         "model": model | {"vocab": vocab, "merges": merges},
     }
+
+
+def added_token(id: int, content: str) -> dict:
+    """A special token as tokenizer.json lists it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": id, "content": content, **flags}

@@ -18,7 +18,7 @@ from .base import Tokenizer
 from .bpe import ByteLevelBPE
 from .bpe_training import PATTERNS, count_chunks, train_merges
 from .chat import CHATML_TEMPLATE
-from .sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
+from .sentencepiece_tokenizer import SentencePieceTokenizer, sentencepiece_spec, train_sentencepiece
 from .tokenizer_json import trained_spec
 
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -157,7 +157,8 @@ def train_sp(config: TrainConfig, documents: Documents, special_tokens: list[str
     if not any(documents):
         raise UserError(f"--input {config.input} holds no text in its training split")
     model = train_sentencepiece(documents, config.vocab_size, config.algorithm, special_tokens, config.processes)
-    return SentencePieceTokenizer(model, tokenizer_config()), f"sentencepiece {config.algorithm}"
+    spec = sentencepiece_spec(model, config.algorithm)
+    return SentencePieceTokenizer(model, tokenizer_config(), spec), f"sentencepiece {config.algorithm}"
 
 
 def tokenizer_config() -> dict:
