@@ -35,8 +35,8 @@ class PrepareConfig:
     """Tokenizer folder, written by tokenizer.train, or any model folder."""
     out: Path
     """Folder to write the tokens to."""
-    processes: int = 0
-    """Processes to tokenise with; 0 for one a core."""
+    processes: int = os.cpu_count() or 1
+    """Processes to tokenise with."""
     shard_tokens: int = 100_000_000
     """Tokens in a shard; the last one of a split is shorter."""
 
@@ -121,7 +121,7 @@ class CorpusReader:
     def _document(self, line: bytes, where: str) -> dict[str, Any]:
         try:
             document = json.loads(line)
-            source = document["source"]
+            source = str(document["source"])
             if document["split"] not in ("train", "validation") or not isinstance(document["text"], str):
                 raise ValueError("split or text")
         except (ValueError, KeyError, TypeError) as error:
@@ -151,16 +151,15 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def main(config: PrepareConfig) -> None:
     """Tokenise `config.input` into `config.out`. Raises UserError; nothing is left half-written."""
-    if config.shard_tokens < 1 or config.processes < 0:
-        raise UserError("--shard-tokens must be at least 1 and --processes at least 0")
-    processes = config.processes or os.cpu_count() or 1
+    if config.shard_tokens < 1 or config.processes < 1:
+        raise UserError("--shard-tokens and --processes start at 1")
     started = time.perf_counter()
     reader, tokenizer = CorpusReader(config.input), load_tokenizer(config.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with whole_folder(config.out, "manifest.json") as folder:
         names = ("train", "validation")
         writers = {name: SplitWriter(folder, name, dtype, config.shard_tokens) for name in names}
-        tokenize(reader, tokenizer, writers, processes)
+        tokenize(reader, tokenizer, writers, config.processes)
         manifest = {
             "version": 1,
             "vocab_size": tokenizer.vocab_size,
@@ -174,7 +173,7 @@ def main(config: PrepareConfig) -> None:
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    print_summary(manifest, config.out, time.perf_counter() - started, processes)
+    print_summary(manifest, config.out, time.perf_counter() - started, config.processes)
 
 
 def tokenize(reader: CorpusReader, tokenizer: Tokenizer, writers: dict[str, SplitWriter], processes: int) -> None:

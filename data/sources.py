@@ -108,7 +108,7 @@ def read_json_lines(file: InputFile) -> Iterator[Reading]:
         with gzip.open(file.path) if zipped else open(file.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield read_object(parse_json(line, file.path, number), file, f"{file.path}:{number}")
+                    yield read_object(parse_json(line.rstrip(), file.path, number), file, f"{file.path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file.path}:{number + 1}: broken gzip file ({error}): fetch it again") from None
 
