@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Attention = Literal["auto", "sdpa", "reference"]
+CPU_REFERENCE_KEYS = 512  # on a CPU the written-out attention beats the fused one up to about this many keys
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,9 @@ class GPT(nn.Module):
         plain = cache is None and documents is None and self.config.sliding_window is None
         visible = None if plain else visible_keys(self.config, place, documents, used)
         bias = None
-        if self.attention == "reference" or (self.attention == "auto" and place.device.type == "cpu" and used <= 512):
+        if self.attention == "reference" or (
+            self.attention == "auto" and place.device.type == "cpu" and used <= CPU_REFERENCE_KEYS
+        ):
             seen = visible_keys(self.config, place, documents, used) if visible is None else visible
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
         return Context(place, rope, visible, bias, cache, used)

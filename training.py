@@ -1,0 +1,479 @@
+"""What every training loop is made of: flags, precision, schedules, optimizers, metrics, signals, the run's folder.
+
+The loops themselves stand in the scripts. A `Run` is their hand: it holds no model and decides nothing about a loss.
+"""
+
+import ctypes
+import dataclasses
+import json
+import math
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, verify
+from cli import UserError
+from distributed import Device, Parallel, World, end_world, start_world
+from model import Attention
+
+# Dense bf16 peak, TFLOP/s, by a part of the device's name (the vendors' data sheets).
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A30": 165, "4090": 165}
+FP16_START_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
+BAD_STEPS_LIMIT = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Flags that all training scripts share."""
+
+    out: Path = Path("runs/base")
+    """Folder of the run: metrics, checkpoints, and at the end the model."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Sequences a device and micro-step."""
+    sequence_length: int = 0
+    """Tokens a sequence; 0 takes the model's context length."""
+    gradient_accumulation: int = 1
+    """Micro-steps whose gradients are added up before an optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course after the warmup; wsd stays at the peak and falls linearly over the last fifth."""
+    final_learning_rate: float = 0.1
+    """Where the schedule ends, as a fraction of the peak."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for embeddings, head, gains and biases."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices alone."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment; small batches like 0.99."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the computation; parameters and optimizer stay fp32. auto: bf16 where the hardware multiplies it."""
+    compile: bool = False
+    """Compile the model with torch.compile: a minute at the start, faster steps after."""
+    attention: Attention = "auto"
+    """Attention implementation; auto takes the fastest one for the device and length."""
+    parallel: Parallel = "auto"
+    """How processes share the work; auto is ddp under torchrun."""
+    seed: int = 0
+    """Seed of initialisation, batches and dropout."""
+    eval_every: int = 250
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    save_every: int = 250
+    """Steps between checkpoints; 0 saves at the end alone."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    resume: str = "auto"
+    """auto goes on from the newest whole checkpoint in --out, never starts anew, a path names one checkpoint."""
+    log: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"
+    """Where metrics go beside metrics.jsonl."""
+    device: Device = "auto"
+    """Device to compute on."""
+    peak_tflops: float | None = None
+    """The device's peak, TFLOP/s, for MFU and --dry-run; known for common GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "keep", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} must be positive, not {getattr(self, name)}")
+        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "clip", "sequence_length"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{flag(name)} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.final_learning_rate <= 1 or not 0 < self.beta2 < 1:
+            raise UserError("--final-learning-rate and --beta2 are fractions between 0 and 1")
+
+
+def flag(name: str) -> str:
+    """A field's name as the user types it."""
+    return "--" + name.replace("_", "-")
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The learning rate of step number `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":  # warmup, stable, decay (Hu et al. 2024, "MiniCPM")
+        start = max(start, math.floor(0.8 * config.steps))
+    progress = min(1.0, max(0, step - start) / max(1, config.steps - start))
+    if config.schedule == "constant":
+        progress = 0.0
+    elif config.schedule == "cosine":  # Loshchilov and Hutter 2017, "SGDR"
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return config.learning_rate * (1 + (config.final_learning_rate - 1) * progress)
+
+
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019), decaying matrices alone; or Muon on the blocks' matrices, AdamW on the rest.
+
+    Muon (Jordan et al. 2024) has its update scaled to AdamW's root mean square (Liu et al. 2025, "Muon is scalable"),
+    so that one learning rate serves both.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in trained if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
+    ours = {id(p) for p in muon}
+    matrices = [p for _, p in trained if p.dim() >= 2 and id(p) not in ours]
+    vectors = [p for _, p in trained if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, config.beta2), fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The precision `dtype` asks for; auto is bf16 where the device multiplies it natively, else fp32."""
+    if dtype != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of handing it back to the kernel.
+
+    Activations of megabytes are freed and taken again every step; mapping and zeroing their pages anew costs a CPU a
+    tenth of the step and more. Elsewhere than on Linux with glibc this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT so that the step in work can end; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, _frame: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class Run:
+    """One training run: its processes, folder, metrics, gradient scale and clock. Made by `start_run`."""
+
+    def __init__(self, config: TrainingConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.dtype = compute_dtype(config.dtype, world.device)
+        self.loss_scale = FP16_START_SCALE if self.dtype == torch.float16 else 1.0
+        self.good_steps = self.bad_steps = 0
+        self.tokens = 0  # trained so far
+        self.seconds = 0.0  # of training steps so far
+        self.flops_per_token = 0.0
+        self.checkpoints = config.out / "checkpoints"
+        self.signal = StopSignal()
+        self.stopping = False
+        self.metrics = (config.out / "metrics.jsonl").open("a", encoding="utf-8") if world.main else None
+        self.mirror = open_mirror(config) if world.main else None
+        self.bar: tqdm | None = None
+
+    def steps(self, first: int) -> Iterator[int]:
+        """Step numbers `first` ... config.steps - 1 under a progress bar. Exits with 128 + the signal if one came."""
+        self.bar = tqdm(total=self.config.steps, initial=first, unit="step", disable=not self.world.main, smoothing=0.1)
+        for step in range(first, self.config.steps):
+            # Dropout as a pure function of (seed, step, rank): there is no generator state to save or to lose.
+            torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.world.rank)
+            self.started = time.perf_counter()
+            yield step
+            if self.stopping:
+                self.close()
+                number = self.signal.number or signal.SIGTERM
+                self.say(f"stopped by signal {number} after step {step + 1}, saved; the same command goes on")
+                sys.exit(128 + number)
+        self.bar.close()
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done `every` steps is due after `step` finished steps; at the end it always is."""
+        return step == self.config.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this rank's share of the step's mean over all ranks' trained tokens."""
+        # DDP averages over ranks where a sum is wanted.
+        (loss * (self.loss_scale * self.world.size)).backward()
+
+    def update(self, model: nn.Module, optimizers: list[Optimizer], rate: float) -> float:
+        """Unscale and clip the gradients, step the optimizers at rate `rate`, clear; returns the gradient norm.
+
+        A step whose gradient is not finite changes nothing: in fp16 the loss scale is halved (Micikevicius et al. 2018,
+        "Mixed precision training"); 20 such steps in a row are an error.
+        """
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients)) / self.loss_scale
+        if math.isfinite(norm):
+            factor = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip else 1.0
+            if factor != 1.0 or self.loss_scale != 1.0:
+                torch._foreach_mul_(gradients, factor / self.loss_scale)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+        self.adapt_scale(math.isfinite(norm))
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def adapt_scale(self, finite: bool) -> None:
+        self.good_steps, self.bad_steps = (self.good_steps + 1, 0) if finite else (0, self.bad_steps + 1)
+        if self.bad_steps >= BAD_STEPS_LIMIT:
+            raise UserError(f"the gradient was not finite {BAD_STEPS_LIMIT} steps in a row: lower --learning-rate")
+        if self.dtype != torch.float16:
+            return
+        if not finite:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.good_steps % FP16_GROWTH_STEPS == 0:
+            self.loss_scale *= 2
+
+    def log_step(self, step: int, loss_sum: Tensor, trained_tokens: int, rate: float, grad_norm: float) -> None:
+        """Log a finished training step. `loss_sum`, this rank's; `trained_tokens`, of the whole step and all ranks.
+
+        Every rank calls it: here they also agree on whether a signal asked them to stop.
+        """
+        total, stop = self.world.sum(float(loss_sum), float(self.signal.number > 0))
+        self.stopping = stop > 0
+        elapsed = time.perf_counter() - self.started
+        self.tokens += trained_tokens
+        self.seconds += elapsed
+        speed = trained_tokens / elapsed
+        self.log(
+            step,
+            "train",
+            loss=total / trained_tokens,
+            tokens=self.tokens,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            tokens_per_second=speed,
+            mfu=self.mfu(speed),
+            seconds=self.seconds,
+            peak_memory_bytes=peak_memory(self.world.device),
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {total / trained_tokens:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+
+    def log(self, step: int, split: str, **values: float | None) -> None:
+        """One line of metrics.jsonl, and of the mirror if one was asked for. Other ranks than the first do nothing."""
+        if self.metrics is None:
+            return
+        # JSON has no NaN or infinity; null says "not a finite number" to every reader.
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write(json.dumps({"step": step, "split": split} | finite) + "\n")
+        self.metrics.flush()
+        if self.mirror is not None:
+            self.mirror({f"{split}/{name}": value for name, value in finite.items() if value is not None}, step)
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation a device (Chowdhery et al. 2022), or None where the device's peak is not known."""
+        peak = self.config.peak_tflops or known_peak_tflops(self.world.device)
+        return None if not peak else self.flops_per_token * tokens_per_second / self.world.size / (peak * 1e12)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, once for all ranks."""
+        if self.world.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def save(self, step: int, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        """Save a checkpoint after `step` finished steps if one is due, or if the run is stopping."""
+        if not (self.stopping or self.due(step, self.config.save_every)):
+            return
+        if self.world.main:
+            state = {
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "loss_scale": self.loss_scale,
+                "good_steps": self.good_steps,
+                "metrics_bytes": self.metrics.tell(),
+            }
+            save_checkpoint(self.checkpoints, step, model, optimizers, state, self.config.keep)
+        self.world.barrier()
+
+    def resume(self, model: nn.Module, optimizers: list[Optimizer]) -> int:
+        """Fill model and optimizers from the checkpoint that --resume names, if any; return the steps already done."""
+        path = find_checkpoint(self.config, self.checkpoints)
+        state = {"step": 0, "metrics_bytes": 0} if path is None else load_checkpoint(path, model, optimizers)
+        for name in ("tokens", "seconds", "loss_scale", "good_steps"):
+            setattr(self, name, state.get(name, getattr(self, name)))
+        if self.metrics is not None:  # what was logged after the checkpoint will be logged again
+            self.metrics.truncate(state["metrics_bytes"])
+            self.metrics.seek(state["metrics_bytes"])
+        if path is not None:
+            self.say(f"resumed from {path}")
+        return state["step"]
+
+    def close(self) -> None:
+        """Close files and leave the process group."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        end_world()
+
+
+def start_run(config: TrainingConfig, identity: dict[str, Any]) -> Run:
+    """Join the other processes, seed, open the run's folder.
+
+    `identity` is what makes two runs the same one: shape, data, seed, batch. A folder that holds a run of another
+    identity, or anything that is no run, is refused.
+    """
+    world = start_world(config.device, config.parallel)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    check_compiler(config, world)
+    torch.manual_seed(config.seed)
+    if world.main:
+        open_folder(config, identity)
+    world.barrier()
+    return Run(config, world)
+
+
+def open_folder(config: TrainingConfig, identity: dict[str, Any]) -> None:
+    """Make --out ready: new, or a run of the same identity to go on with; --resume never empties it of the old run."""
+    record = config.out / "run.json"
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file: name a folder")
+    if config.out.exists() and any(config.out.iterdir()) and not record.is_file():
+        raise UserError(f"--out {config.out} holds other files and no run: name a new or empty folder")
+    if record.is_file() and config.resume == "never":
+        for old in checkpoints(config.out / "checkpoints"):
+            shutil.rmtree(old)
+        for stale in (config.out / "checkpoints" / "best.json", config.out / "config.json"):
+            stale.unlink(missing_ok=True)  # without config.json the folder is no model any more
+    elif record.is_file():
+        compare_runs(json.loads(record.read_text())["identity"], json.loads(json.dumps(identity)), config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    partial = config.out / ".run.partial"
+    partial.write_text(json.dumps(describe_run(config, identity), indent=2, default=str) + "\n")
+    partial.replace(record)
+
+
+def compare_runs(old: dict[str, Any], new: dict[str, Any], config: TrainingConfig) -> None:
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed and config.resume == "auto" and any(checkpoints(config.out / "checkpoints")):
+        name = changed[0]
+        was = f"{name} was {old.get(name)} and is now {new.get(name)}"
+        raise UserError(f"{config.out} holds another run: {was}. Name another --out, or --resume never to replace it")
+
+
+def describe_run(config: TrainingConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json: resolved flags, seed, versions, git commit, fingerprints."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return {
+        "script": Path(sys.argv[0]).name,
+        "flags": dataclasses.asdict(config),
+        "seed": config.seed,
+        "identity": identity,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+def find_checkpoint(config: TrainingConfig, folder: Path) -> Path | None:
+    """The checkpoint that --resume means. UserError for a path that is none or is damaged."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(folder)
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such checkpoint (auto, never, or a folder named step-...)")
+    if damage := verify(path):
+        raise UserError(f"--resume: {damage}")
+    return path
+
+
+def check_compiler(config: TrainingConfig, world: World) -> None:
+    if config.compile and world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
+
+
+def known_peak_tflops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, if its name is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held: of the GPU's memory where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def open_mirror(config: TrainingConfig) -> Any:
+    """A function (values, step) that copies metrics to TensorBoard or Weights & Biases, or None."""
+    if config.log == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--log tensorboard: pip install tensorboard") from None
+        writer = SummaryWriter(config.out / "tensorboard")
+        return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+    if config.log == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--log wandb: pip install wandb") from None
+        run = wandb.init(dir=config.out, name=config.out.name, config=dataclasses.asdict(config))
+        return lambda values, step: run.log(values, step=step)
+    return None
+
+
+def read_metrics(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that belong to `split`."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["split"] == split]
+
+
+def plot_loss(folder: Path) -> Path:
+    """Draw the run's training and validation loss over tokens into loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    train, validation = read_metrics(folder, "train"), read_metrics(folder, "validation")
+    axes.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=0.8, alpha=0.6, label="training")
+    points = [line["tokens"] for line in validation], [line["loss"] for line in validation]
+    axes.plot(*points, "o-", ms=4, label="validation")
+    if validation:
+        axes.annotate(f"{points[1][-1]:.3f}", (points[0][-1], points[1][-1]), (4, 8), textcoords="offset points")
+    axes.set(xlabel="tokens trained", ylabel="loss (nats a token)", title=f"{folder.name}: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    return folder / "loss.png"
