@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import regex
+
 from cli import UserError
 
 from .base import StreamDecoder, Tokenizer
@@ -38,16 +40,18 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     elif spec is not None:
         path = folder / "tokenizer.json"
         build = lambda: ByteLevelBPE(spec, config)
-    elif (folder / "vocab.json").exists():
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         path = folder / "vocab.json"
         build = lambda: ByteLevelBPE(gpt2_spec(read_json(path), folder / "merges.txt"), config)
     else:
-        raise UserError(f"{folder} holds no tokenizer: no tokenizer.json, vocab.json or tokenizer.model")
+        raise UserError(
+            f"{folder} holds no tokenizer: no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model"
+        )
     try:
         return build()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, regex.error) as error:
         raise UserError(f"{path}: damaged, or no tokenizer ({type(error).__name__}: {error})") from None
 
 

@@ -38,12 +38,12 @@ class ByteLevelBPE(Tokenizer):
         self._spec = spec
         self._normalize = normalizer(spec.get("normalizer"))
         self._split_steps = split_steps(spec.get("pre_tokenizer"))
-        self._added = {allow: AddedTokens(added, allow) for allow in (False, True)}
+        self._added = {allow: AddedTokens(added, self._normalize, allow) for allow in (False, True)}
         self._chunks = ChunkEncoder(vocab, merge_pairs(model["merges"]), bool(model.get("ignore_merges")))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         symbols = []
-        for id, part in self._added[allow_special].split(text, self._normalize):
+        for id, part in self._added[allow_special].split(text):
             symbols.append(chr(id) if part is None else self._encode_plain(part))
         return np.frombuffer("".join(symbols).encode("utf-32-le", "surrogatepass"), "<u4")
 
@@ -134,44 +134,49 @@ class AddedTokens:
     """Finds added tokens in text: those that are no special tokens always, special ones where allowed.
 
     As in Hugging Face's files: `lstrip` and `rstrip` tokens swallow the whitespace beside them; tokens that are
-    `normalized` are sought in the normalised text, after the others.
+    `normalized` are sought, themselves normalised, in the normalised text, after the others.
     """
 
-    def __init__(self, added: dict[int, dict], allow_special: bool):
-        wanted = {id: token for id, token in added.items() if allow_special or not token["special"]}
-        self._raw = TokenFinder({id: token for id, token in wanted.items() if not token.get("normalized")})
-        self._normalized = TokenFinder({id: token for id, token in wanted.items() if token.get("normalized")})
+    def __init__(self, added: dict[int, dict], normalize: Callable[[str], str], allow_special: bool):
+        wanted = [token for token in added.values() if allow_special or not token["special"]]
+        self._normalize = normalize
+        self._raw = TokenFinder({token["content"]: token for token in wanted if not token.get("normalized")})
+        self._normalized = TokenFinder(
+            {normalize(token["content"]): token for token in wanted if token.get("normalized")}
+        )
 
-    def split(self, text: str, normalize: Callable[[str], str]) -> Iterable[tuple[int, str | None]]:
+    def split(self, text: str) -> Iterable[tuple[int, str | None]]:
         """(id, None) for each added token and (-1, text) for each normalised stretch between them."""
         for id, part in self._raw.split(text):
             if part is None:
                 yield id, None
             else:
-                yield from self._normalized.split(normalize(part))
+                yield from self._normalized.split(self._normalize(part))
 
 
 class TokenFinder:
     """Splits text at the leftmost, longest occurrences of some added tokens."""
 
-    def __init__(self, tokens: dict[int, dict]):
-        self._ids = {token["content"]: id for id, token in tokens.items()}
+    def __init__(self, tokens: dict[str, dict]):
+        """`tokens`: entries of tokenizer.json's added_tokens, by the string to look for."""
         self._tokens = tokens
-        longest_first = sorted(self._ids, key=len, reverse=True)
+        longest_first = sorted(tokens, key=len, reverse=True)
         self._pattern = regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None
 
     def split(self, text: str) -> Iterable[tuple[int, str | None]]:
         """(id, None) for each token found and (-1, text) for each stretch between them that is not empty."""
         end = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
-            id = self._ids[match.group()]
-            between = text[end : match.start()] if match.start() > end else ""
-            between = between.rstrip() if self._tokens[id].get("lstrip") else between
+            if match.start() < end:
+                continue  # inside whitespace that the token before has swallowed
+            token = self._tokens[match.group()]
+            between = text[end : match.start()]
+            between = between.rstrip() if token.get("lstrip") else between
             if between:
                 yield -1, between
-            yield id, None
+            yield token["id"], None
             end = match.end()
-            if self._tokens[id].get("rstrip"):
+            if token.get("rstrip"):
                 end = len(text) - len(text[end:].lstrip())
         if end < len(text):
             yield -1, text[end:]
