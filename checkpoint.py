@@ -8,7 +8,7 @@ functions of (seed, step, rank).
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from cli import UserError, whole_folder
 
 MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "optimizer.pt", "state.json")
 
 
 def save_checkpoint(
@@ -31,12 +32,40 @@ def save_checkpoint(
         save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, partial / "model.safetensors")
         torch.save([optimizer.state_dict() for optimizer in optimizers], partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps({"step": step} | state))
-        digests = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"version": 1, "sha256": digests}))
+        (partial / MANIFEST).write_text(manifest_text({name: sha256_file(partial / name) for name in FILES}))
     for old in list(checkpoints(folder))[keep:]:
         if old.name != best_checkpoint(folder).get("name"):
-            shutil.rmtree(old)
+            remove_checkpoint(old)
     return target
+
+
+def manifest_text(digests: dict[str, str]) -> str:
+    """The one spelling of a manifest, so that a damaged byte of the manifest itself shows."""
+    return json.dumps({"version": 1, "sha256": digests})
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint: first its name, so that no half of it is ever found under it, then its files."""
+    hidden = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_after(folder: Path, step: int) -> list[Path]:
+    """Delete what a run that goes on from `step` leaves behind: later checkpoints, and halves of killed writers.
+
+    A later checkpoint is damaged or of a course that was abandoned: kept, it would pass for the newest one. Returns
+    the deleted checkpoints.
+    """
+    later = [path for path in checkpoints(folder) if int(path.name[5:]) > step]
+    for path in later:
+        remove_checkpoint(path)
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    if best_checkpoint(folder).get("step", 0) > step:
+        (folder / "best.json").unlink()
+    return later
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -51,8 +80,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[Optimizer]) -
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     saved = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
-    for optimizer, optimizer_state in zip(optimizers, saved, strict=True):
-        optimizer.load_state_dict(optimizer_state)
+    groups = [[len(group["params"]) for group in one["param_groups"]] for one in saved]
+    if groups != [[len(group["params"]) for group in one.param_groups] for one in optimizers]:
+        raise UserError(f"{path} was trained with another --optimizer")
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        # The moments are the checkpoint's; weight decay and betas are today's flags, as the learning rate is.
+        today = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": today})
     return json.loads((path / "state.json").read_text())
 
 
@@ -61,13 +95,13 @@ def checkpoints(folder: Path) -> Iterator[Path]:
     yield from sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none. Damaged ones are named and passed over."""
     found = list(checkpoints(folder))
     for path in found:
         if (damage := verify(path)) is None:
             return path
-        print(f"{damage}: using the checkpoint before it", flush=True)
+        say(f"{damage}: using the checkpoint before it")
     if found:
         raise UserError(f"no checkpoint in {folder} is whole: start anew with --resume never")
     return None
@@ -76,13 +110,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, naming the file, or None if every byte is as it was written."""
     try:
-        digests = json.loads((path / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        text = (path / MANIFEST).read_text()
+        digests = json.loads(text)["sha256"]
+        if text != manifest_text({name: digests[name] for name in FILES}):
+            return f"{path / MANIFEST} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / MANIFEST} is missing or damaged ({type(error).__name__})"
-    for name, digest in digests.items():
+    for name in FILES:
         if not (path / name).is_file():
             return f"{path / name} is missing"
-        if sha256_file(path / name) != digest:
+        if sha256_file(path / name) != digests[name]:
             return f"{path / name} is damaged"
     return None
 

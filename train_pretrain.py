@@ -24,7 +24,7 @@ from model import CPU_REFERENCE_KEYS, GPT, PRESETS, GPTConfig, flops_per_token
 from model_folder import read_config, read_model_folder, write_model_folder
 from objectives import IGNORE, next_token_loss
 from planning import activation_bytes, memory_parts, plan_lines
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from training import (
     Run,
     TrainingConfig,
@@ -64,6 +64,15 @@ class PretrainConfig(TrainingConfig):
     expected_mfu: float = 0.4
     """Fraction of --peak-tflops that the plan counts on."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_step < 0:
+            raise UserError(f"--tokens-per-step must not be negative, not {self.tokens_per_step}")
+        if not 0 < self.expected_mfu <= 1:
+            raise UserError(f"--expected-mfu is a fraction between 0 and 1, not {self.expected_mfu}")
+        if self.gpu_price is not None and not self.gpu_price >= 0:
+            raise UserError(f"--gpu-price must not be negative, not {self.gpu_price}")
+
 
 def main(config: PretrainConfig) -> None:
     dataset = None if config.dry_run and not config.data.exists() else open_tokens(config.data)
@@ -74,34 +83,35 @@ def main(config: PretrainConfig) -> None:
         return
     rows = config.batch_size * config.gradient_accumulation  # sequences of a step that are this rank's
     batches = TokenBatches(config.data, config.sequence_length, rows * world_size(), config.seed, config.mix)
-    run = start_run(config, identity(config, shape, dataset))
-    model = build_model(config, shape, dataset, run)
-    optimizers = build_optimizers(model, config)
-    first_step = run.resume(model, optimizers)
-    engine = parallelize(torch.compile(model) if config.compile else model, run.world)
-    first_row = run.world.rank * rows
+    tokenizer = data_tokenizer(config, dataset)
+    with start_run(config, identity(config, shape, dataset)) as run:
+        model = build_model(config, shape, run)
+        optimizers = build_optimizers(model, config)
+        first_step = run.resume(model, optimizers)
+        engine = parallelize(torch.compile(model) if config.compile else model, run.world)
+        first_row = run.world.rank * rows
 
-    for step in run.steps(first_step):
-        if run.due(step, config.eval_every):
-            evaluate(run, step, engine, batches)
-        inputs, targets = batches.sequences(step, first_row, first_row + rows)  # (rows, T) each
-        trained_tokens = int(run.world.sum(float((targets != IGNORE).sum()))[0])  # of the whole step, over all ranks
-        step_loss = torch.zeros((), device=run.world.device)
-        for start in range(0, rows, config.batch_size):
-            x, y = (
-                part[start : start + config.batch_size].to(run.world.device) for part in (inputs, targets)
-            )  # (B, T)
-            with no_sync(engine, last=start + config.batch_size == rows):
-                loss_sum = next_token_loss(engine(x, document_of(x, config, dataset)), y)
-                run.backward(loss_sum / trained_tokens)
-            step_loss += loss_sum.detach()
-        rate = learning_rate(config, step)
-        grad_norm = run.update(model, optimizers, rate)
-        run.log_step(step + 1, step_loss, trained_tokens, rate, grad_norm)
-        run.save(step + 1, model, optimizers)  # before the evaluation, so that no evaluation costs a trained step
+        for step in run.steps(first_step):
+            if run.due(step, config.eval_every):
+                evaluate(run, step, engine, batches)
+            inputs, targets = batches.sequences(step, first_row, first_row + rows)  # (rows, T) each
+            # of the whole step, over all ranks
+            trained_tokens = int(run.world.sum(float((targets != IGNORE).sum()))[0])
+            step_loss = torch.zeros((), device=run.world.device)
+            for start in range(0, rows, config.batch_size):
+                micro = slice(start, start + config.batch_size)
+                x, y = inputs[micro].to(run.world.device), targets[micro].to(run.world.device)  # (B, T) each
+                with no_sync(engine, last=start + config.batch_size == rows):
+                    loss_sum = next_token_loss(engine(x, document_of(x, config, dataset)), y)
+                    run.backward(loss_sum / trained_tokens)
+                step_loss += loss_sum.detach()
+            rate = learning_rate(config, step)
+            grad_norm = run.update(model, optimizers, rate)
+            run.log_step(step + 1, step_loss, trained_tokens, rate, grad_norm)
+            run.save(step + 1, model, optimizers)  # before the evaluation, so that no evaluation costs a trained step
 
-    evaluate(run, config.steps, engine, batches)
-    finish(run, model, config)
+        evaluate(run, config.steps, engine, batches)
+        finish(run, model, tokenizer)
 
 
 def model_shape(config: PretrainConfig, dataset: TokenDataset | None) -> GPTConfig:
@@ -123,9 +133,25 @@ def model_shape(config: PretrainConfig, dataset: TokenDataset | None) -> GPTConf
     if {"n_embd", "n_head"} & changes.keys():
         changes = {"n_kv_head": 0, "head_dim": 0, "n_hidden": 0} | changes
     try:
-        return replace(preset, **changes)
-    except ValueError as error:
+        shape = replace(preset, **changes)
+    except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--shape: {error}") from None
+    check_shape(shape, dataset)
+    return shape
+
+
+def check_shape(shape: GPTConfig, dataset: TokenDataset | None) -> None:
+    """Raise UserError for a shape that no model can have, or whose vocabulary is too small for the data."""
+    sizes = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_hidden")
+    for name in sizes:
+        if getattr(shape, name) < 1:
+            raise UserError(f"--shape: {name} is {getattr(shape, name)}: give 1 or more")
+    if shape.sliding_window is not None and shape.sliding_window < 1:
+        raise UserError(f"--shape: sliding_window is {shape.sliding_window}: give 1 or more")
+    if not 0 <= shape.dropout < 1:
+        raise UserError(f"--shape: dropout is {shape.dropout}: give a fraction below 1")
+    if dataset is not None and shape.vocab_size < dataset.vocab_size:
+        raise UserError(f"--shape: vocab_size {shape.vocab_size:,} is below the data's {dataset.vocab_size:,}")
 
 
 def shape_value(name: str, text: str) -> Any:
@@ -180,14 +206,23 @@ def identity(config: PretrainConfig, shape: GPTConfig, dataset: TokenDataset) ->
     }
 
 
-def build_model(config: PretrainConfig, shape: GPTConfig, dataset: TokenDataset, run: Run) -> GPT:
+def data_tokenizer(config: PretrainConfig, dataset: TokenDataset) -> Tokenizer:
+    """The tokenizer that made the data, which goes into the model's folder. UserError if --model has another."""
+    tokenizer = load_tokenizer(config.data / "tokenizer")
+    wanted = dataset.manifest["tokenizer_sha256"]
+    if tokenizer.fingerprint() != wanted:
+        raise UserError(f"{config.data / 'tokenizer'} is not the tokenizer of {config.data}: run data.prepare again")
+    if config.model is not None and load_tokenizer(config.model).fingerprint() != wanted:
+        raise UserError(f"{config.data} was prepared with another tokenizer than that of {config.model}")
+    return tokenizer
+
+
+def build_model(config: PretrainConfig, shape: GPTConfig, run: Run) -> GPT:
     """A new model, or the one in --model, ready to train on this run's device."""
     if config.model is None:
         with run.world.device:
             model = GPT(shape)
     else:
-        if load_tokenizer(config.model).fingerprint() != dataset.manifest["tokenizer_sha256"]:
-            raise UserError(f"{config.data} was prepared with another tokenizer than that of {config.model}")
         model = read_model_folder(config.model, device=run.world.device)
     model.compute_dtype, model.attention = run.dtype, config.attention
     model.checkpointing = config.checkpoint_activations
@@ -221,20 +256,19 @@ def evaluate(run: Run, step: int, engine: nn.Module, batches: TokenBatches) -> N
     run.say(f"step {step}: validation loss {loss:.4f} nats a token, {bits_per_byte:.4f} bits per byte")
     if run.world.main:
         mark_best(run.checkpoints, step, loss)
+    run.start_clock()  # an evaluation is no part of the next step's time
 
 
-def finish(run: Run, model: GPT, config: PretrainConfig) -> None:
+def finish(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
     """Write the model folder and the loss curve, and say where everything lies."""
-    if run.world.main:
-        write_model_folder(config.out, model, load_tokenizer(config.data / "tokenizer"))
-        plot_loss(config.out)
-        best = best_checkpoint(run.checkpoints)
-        run.say(
-            f"model in {config.out}, loss curve in {config.out / 'loss.png'}, {run.seconds:,.0f} s of training steps"
-        )
-        if best and best["step"] != config.steps:
-            run.say(f"the lowest validation loss was {best['loss']:.4f}, of {run.checkpoints / best['name']}")
-    run.close()
+    if not run.world.main:
+        return
+    out, best = run.config.out, best_checkpoint(run.checkpoints)
+    write_model_folder(out, model, tokenizer)
+    plot_loss(out)
+    run.say(f"model in {out}, loss curve in {out / 'loss.png'}, {run.seconds:,.0f} s of training steps")
+    if best and best["step"] != run.config.steps:
+        run.say(f"the lowest validation loss was {best['loss']:.4f}, of {run.checkpoints / best['name']}")
 
 
 def print_plan(config: PretrainConfig, shape: GPTConfig, dataset: TokenDataset | None) -> None:

@@ -5,8 +5,10 @@ The loops themselves stand in the scripts. A `Run` is their hand: it holds no mo
 
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -14,17 +16,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, verify
+from checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_after,
+    save_checkpoint,
+    verify,
+)
 from cli import UserError
 from distributed import Device, Parallel, World, end_world, start_world
 from model import Attention
@@ -33,6 +42,8 @@ from model import Attention
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A30": 165, "4090": 165}
 FP16_START_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
 BAD_STEPS_LIMIT = 20
+SAVED_STATE = ("tokens", "seconds", "loss_scale", "good_steps", "bad_steps")  # of a Run, in each checkpoint
+RUN_PARTIAL = ".run.partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +89,7 @@ class TrainingConfig:
     eval_every: int = 250
     """Steps between evaluations; 0 evaluates at the end alone."""
     save_every: int = 250
-    """Steps between checkpoints; 0 saves at the end alone."""
+    """Steps between checkpoints, besides one before each evaluation; 0 saves none between."""
     keep: int = 2
     """Newest checkpoints kept; the best one is kept besides."""
     resume: str = "auto"
@@ -99,6 +110,10 @@ class TrainingConfig:
                 raise UserError(f"{flag(name)} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.final_learning_rate <= 1 or not 0 < self.beta2 < 1:
             raise UserError("--final-learning-rate and --beta2 are fractions between 0 and 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"--peak-tflops must be positive, not {self.peak_tflops}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be 0 or more and below 2^32, not {self.seed}")
 
 
 def flag(name: str) -> str:
@@ -180,10 +195,13 @@ class StopSignal:
 
 
 class Run:
-    """One training run: its processes, folder, metrics, gradient scale and clock. Made by `start_run`."""
+    """One training run: its processes, folder, metrics, gradient scale and clock. Made by `start_run`.
 
-    def __init__(self, config: TrainingConfig, world: World) -> None:
-        self.config, self.world = config, world
+    Nothing is written before `resume`, so that whatever building the model finds wrong leaves no trace.
+    """
+
+    def __init__(self, config: TrainingConfig, world: World, identity: dict[str, Any]) -> None:
+        self.config, self.world, self.identity = config, world, identity
         self.dtype = compute_dtype(config.dtype, world.device)
         self.loss_scale = FP16_START_SCALE if self.dtype == torch.float16 else 1.0
         self.good_steps = self.bad_steps = 0
@@ -193,24 +211,30 @@ class Run:
         self.checkpoints = config.out / "checkpoints"
         self.signal = StopSignal()
         self.stopping = False
-        self.metrics = (config.out / "metrics.jsonl").open("a", encoding="utf-8") if world.main else None
-        self.mirror = open_mirror(config) if world.main else None
+        self.metrics: TextIO | None = None  # the first rank's, from `resume` on
+        self.mirror: Mirror | None = None
         self.bar: tqdm | None = None
 
     def steps(self, first: int) -> Iterator[int]:
         """Step numbers `first` ... config.steps - 1 under a progress bar. Exits with 128 + the signal if one came."""
-        self.bar = tqdm(total=self.config.steps, initial=first, unit="step", disable=not self.world.main, smoothing=0.1)
+        # disable=None: no bar where stderr is a file, whose only lines are then errors
+        hide = None if self.world.main else True
+        self.bar = tqdm(total=self.config.steps, initial=first, unit="step", disable=hide, smoothing=0.1)
         for step in range(first, self.config.steps):
             # Dropout as a pure function of (seed, step, rank): there is no generator state to save or to lose.
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.world.rank)
-            self.started = time.perf_counter()
+            self.start_clock()
             yield step
             if self.stopping:
-                self.close()
+                self.bar.close()
                 number = self.signal.number or signal.SIGTERM
                 self.say(f"stopped by signal {number} after step {step + 1}, saved; the same command goes on")
                 sys.exit(128 + number)
         self.bar.close()
+
+    def start_clock(self) -> None:
+        """Measure the step's time from here on."""
+        self.started = time.perf_counter()
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done `every` steps is due after `step` finished steps; at the end it always is."""
@@ -238,6 +262,9 @@ class Run:
                     group["lr"] = rate
                 optimizer.step()
         self.adapt_scale(math.isfinite(norm))
+        if not math.isfinite(norm):
+            scale = f", loss scale now {self.loss_scale:g}" if self.dtype == torch.float16 else ""
+            self.say(f"the gradient is not finite: the step changes nothing{scale}")
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norm
@@ -289,7 +316,7 @@ class Run:
         self.metrics.write(json.dumps({"step": step, "split": split} | finite) + "\n")
         self.metrics.flush()
         if self.mirror is not None:
-            self.mirror({f"{split}/{name}": value for name, value in finite.items() if value is not None}, step)
+            self.mirror.write({f"{split}/{name}": value for name, value in finite.items() if value is not None}, step)
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation a device (Chowdhery et al. 2022), or None where the device's peak is not known."""
@@ -303,40 +330,50 @@ class Run:
             sys.stdout.flush()
 
     def save(self, step: int, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        """Save a checkpoint after `step` finished steps if one is due, or if the run is stopping."""
-        if not (self.stopping or self.due(step, self.config.save_every)):
+        """Save a checkpoint after `step` finished steps if one or an evaluation is due, or if the run is stopping."""
+        due = self.due(step, self.config.save_every) or self.due(step, self.config.eval_every)
+        if not (self.stopping or due):
             return
         if self.world.main:
-            state = {
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "loss_scale": self.loss_scale,
-                "good_steps": self.good_steps,
-                "metrics_bytes": self.metrics.tell(),
-            }
+            os.fsync(self.metrics.fileno())  # no checkpoint outlives the metrics of its own steps
+            state = {name: getattr(self, name) for name in SAVED_STATE}
             save_checkpoint(self.checkpoints, step, model, optimizers, state, self.config.keep)
         self.world.barrier()
 
     def resume(self, model: nn.Module, optimizers: list[Optimizer]) -> int:
-        """Fill model and optimizers from the checkpoint that --resume names, if any; return the steps already done."""
-        path = find_checkpoint(self.config, self.checkpoints)
-        state = {"step": 0, "metrics_bytes": 0} if path is None else load_checkpoint(path, model, optimizers)
-        for name in ("tokens", "seconds", "loss_scale", "good_steps"):
-            setattr(self, name, state.get(name, getattr(self, name)))
-        if self.metrics is not None:  # what was logged after the checkpoint will be logged again
-            self.metrics.truncate(state["metrics_bytes"])
-            self.metrics.seek(state["metrics_bytes"])
+        """Fill model and optimizers from the checkpoint that --resume names, if any, and open the run's folder.
+
+        Returns the steps already done. From here on the run writes.
+        """
+        path = find_checkpoint(self.config, self.checkpoints, self.say)
+        fresh = {"step": 0} | {name: getattr(self, name) for name in SAVED_STATE}
+        state = fresh if path is None else load_checkpoint(path, model, optimizers)
+        step = state["step"]
+        if step > self.config.steps:
+            raise UserError(f"{path} has {step} steps behind it, --steps is {self.config.steps}: give {step} or more")
+        for name in SAVED_STATE:
+            setattr(self, name, state[name])
+        self.world.barrier()  # all ranks have read what the first one is about to clear up
+        if self.world.main:
+            open_folder(self.config, self.identity)
+            if removed := remove_after(self.checkpoints, step):
+                self.say(f"going on from step {step}: deleted {', '.join(later.name for later in removed)}")
+            self.metrics = reopen_metrics(self.config.out / "metrics.jsonl", step)
+            self.mirror = open_mirror(self.config, step)
         if path is not None:
             self.say(f"resumed from {path}")
-        return state["step"]
+        return step
 
-    def close(self) -> None:
-        """Close files and leave the process group."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        end_world()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close bar and files. After an error the process group is left as it is: its other ranks may be gone."""
+        for file in (self.bar, self.metrics, self.mirror):
+            if file is not None:
+                file.close()
+        if kind in (None, SystemExit):
+            end_world()
 
 
 def start_run(config: TrainingConfig, identity: dict[str, Any]) -> Run:
@@ -349,61 +386,97 @@ def start_run(config: TrainingConfig, identity: dict[str, Any]) -> Run:
     if world.device.type == "cpu":
         keep_freed_memory()
     check_compiler(config, world)
-    torch.manual_seed(config.seed)
+    if config.log != "jsonl" and importlib.util.find_spec(config.log) is None:
+        raise UserError(f"--log {config.log}: pip install {config.log}")
     if world.main:
-        open_folder(config, identity)
+        check_folder(config, identity)
     world.barrier()
-    return Run(config, world)
+    torch.manual_seed(config.seed)
+    return Run(config, world, json.loads(json.dumps(identity)))
+
+
+def check_folder(config: TrainingConfig, identity: dict[str, Any]) -> None:
+    """Raise UserError unless --out is new, empty, or holds a run that these flags may go on with or replace."""
+    out, record = config.out, config.out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    if not record.is_file():
+        if out.exists() and any(path.name != RUN_PARTIAL for path in out.iterdir()):
+            raise UserError(f"--out {out} holds other files and no run: name a new or empty folder")
+        return
+    begun = (out / "config.json").exists() or any(checkpoints(out / "checkpoints"))
+    if config.resume == "never" or not begun:
+        return
+    try:
+        old = flatten(json.loads(record.read_text())["identity"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{record} is damaged: name another --out, or --resume never to replace the run") from None
+    new = flatten(json.loads(json.dumps(identity)))
+    if changed := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
+        was = "; ".join(f"{name} was {old.get(name)} and is now {new.get(name)}" for name in changed[:3])
+        raise UserError(f"{out} holds another run: {was}. Name another --out, or --resume never to replace it")
+
+
+def flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    """Nested keys as one, joined by dots."""
+    flat = {}
+    for name, value in identity.items():
+        flat |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def open_folder(config: TrainingConfig, identity: dict[str, Any]) -> None:
-    """Make --out ready: new, or a run of the same identity to go on with; --resume never empties it of the old run."""
-    record = config.out / "run.json"
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out} is a file: name a folder")
-    if config.out.exists() and any(config.out.iterdir()) and not record.is_file():
-        raise UserError(f"--out {config.out} holds other files and no run: name a new or empty folder")
-    if record.is_file() and config.resume == "never":
-        for old in checkpoints(config.out / "checkpoints"):
-            shutil.rmtree(old)
-        for stale in (config.out / "checkpoints" / "best.json", config.out / "config.json"):
-            stale.unlink(missing_ok=True)  # without config.json the folder is no model any more
-    elif record.is_file():
-        compare_runs(json.loads(record.read_text())["identity"], json.loads(json.dumps(identity)), config)
+    """Make --out and write its run.json; with --resume never the model that stands there is no model any more."""
     config.out.mkdir(parents=True, exist_ok=True)
-    partial = config.out / ".run.partial"
+    if config.resume == "never":
+        (config.out / "config.json").unlink(missing_ok=True)
+    partial = config.out / RUN_PARTIAL
     partial.write_text(json.dumps(describe_run(config, identity), indent=2, default=str) + "\n")
-    partial.replace(record)
+    partial.replace(config.out / "run.json")
 
 
-def compare_runs(old: dict[str, Any], new: dict[str, Any], config: TrainingConfig) -> None:
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    if changed and config.resume == "auto" and any(checkpoints(config.out / "checkpoints")):
-        name = changed[0]
-        was = f"{name} was {old.get(name)} and is now {new.get(name)}"
-        raise UserError(f"{config.out} holds another run: {was}. Name another --out, or --resume never to replace it")
+def reopen_metrics(path: Path, step: int) -> TextIO:
+    """metrics.jsonl, cut off where a run that goes on from `step` steps logs anew; a torn last line goes too."""
+    kept = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        if not logged_before(line, step):
+            break
+        kept += len(line)
+    file = path.open("a", encoding="utf-8")
+    file.truncate(kept)
+    return file
+
+
+def logged_before(line: bytes, step: int) -> bool:
+    """Whether this line was written before the checkpoint of `step`, which precedes that step's evaluation."""
+    try:
+        logged = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and (logged["step"], logged["split"] != "train") < (step, True)
 
 
 def describe_run(config: TrainingConfig, identity: dict[str, Any]) -> dict[str, Any]:
     """The content of run.json: resolved flags, seed, versions, git commit, fingerprints."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    asked = ["git", "rev-parse", "HEAD"]
+    git = shutil.which("git") and subprocess.run(asked, cwd=here, capture_output=True, text=True, check=False)
     return {
         "script": Path(sys.argv[0]).name,
         "flags": dataclasses.asdict(config),
         "seed": config.seed,
         "identity": identity,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": (git and git.stdout.strip()) or None,
     }
 
 
-def find_checkpoint(config: TrainingConfig, folder: Path) -> Path | None:
+def find_checkpoint(config: TrainingConfig, folder: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that --resume means. UserError for a path that is none or is damaged."""
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        return latest_checkpoint(folder)
+        return latest_checkpoint(folder, say)
     path = Path(config.resume)
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such checkpoint (auto, never, or a folder named step-...)")
@@ -433,22 +506,26 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def open_mirror(config: TrainingConfig) -> Any:
-    """A function (values, step) that copies metrics to TensorBoard or Weights & Biases, or None."""
+@dataclass(frozen=True)
+class Mirror:
+    """Where metrics are copied to: `write` takes names with values and the step."""
+
+    write: Callable[[dict[str, float], int], Any]
+    close: Callable[[], None]
+
+
+def open_mirror(config: TrainingConfig, step: int) -> Mirror | None:
+    """TensorBoard or Weights & Biases, if asked for. What a killed run wrote there after `step` is hidden or left."""
     if config.log == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--log tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(config.out / "tensorboard")
-        return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(config.out / "tensorboard", purge_step=step + 1)
+        return Mirror(lambda values, at: [writer.add_scalar(*item, at) for item in values.items()], writer.close)
     if config.log == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--log wandb: pip install wandb") from None
+        import wandb
+
         run = wandb.init(dir=config.out, name=config.out.name, config=dataclasses.asdict(config))
-        return lambda values, step: run.log(values, step=step)
+        return Mirror(lambda values, at: run.log(values, step=at), run.finish)
     return None
 
 
@@ -470,7 +547,7 @@ def plot_loss(folder: Path) -> Path:
     axes.plot([line["tokens"] for line in train], [line["loss"] for line in train], lw=0.8, alpha=0.6, label="training")
     points = [line["tokens"] for line in validation], [line["loss"] for line in validation]
     axes.plot(*points, "o-", ms=4, label="validation")
-    if validation:
+    if validation and points[1][-1] is not None:
         axes.annotate(f"{points[1][-1]:.3f}", (points[0][-1], points[1][-1]), (4, 8), textcoords="offset points")
     axes.set(xlabel="tokens trained", ylabel="loss (nats a token)", title=f"{folder.name}: loss")
     axes.grid(alpha=0.3)
