@@ -76,13 +76,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[Optimizer]) -
     unlike = [name for name, p in parameters.items() if name not in tensors or tensors[name].shape != p.shape]
     if unlike or tensors.keys() != parameters.keys():
         raise UserError(f"{path} is of a model of another shape (at {unlike[0] if unlike else 'its extra tensors'})")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
     saved = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
     groups = [[len(group["params"]) for group in one["param_groups"]] for one in saved]
     if groups != [[len(group["params"]) for group in one.param_groups] for one in optimizers]:
         raise UserError(f"{path} was trained with another --optimizer")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
     for optimizer, state in zip(optimizers, saved, strict=True):
         # The moments are the checkpoint's; weight decay and betas are today's flags, as the learning rate is.
         today = optimizer.state_dict()["param_groups"]

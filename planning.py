@@ -38,14 +38,9 @@ def activation_bytes(
     if not fused:
         return once
     twice = saved_bytes(config, batch, 2 * length, dtype, checkpointing)
-    fixed = sum(p.numel() for p in _matrices(config)) * dtype.itemsize if dtype != torch.float32 else 0  # cast weights
-    # once = fixed + a T + b T² and twice = fixed + 2 a T + 4 b T²; wanted: fixed + a T
-    return fixed + (4 * (once - fixed) - (twice - fixed)) // 2
-
-
-def _matrices(config: GPTConfig) -> list[Tensor]:
-    with torch.device("meta"):
-        return [p for name, p in GPT(config).named_parameters() if name.endswith("proj.weight")]
+    thrice = saved_bytes(config, batch, 3 * length, dtype, checkpointing)
+    # Bytes of T tokens are c + a T + b T²: the second difference is 2 b T², and without attention's products c + a T.
+    return once - (thrice - 2 * twice + once) // 2
 
 
 def memory_parts(config: GPTConfig, optimizer: str, activations: int) -> dict[str, int]:

@@ -275,9 +275,10 @@ def print_plan(config: PretrainConfig, shape: GPTConfig, dataset: TokenDataset |
     """What --dry-run prints: parameters, FLOPs, memory by part, tokens, hours and cost."""
     device = choose_device(config.device)
     dtype = compute_dtype(config.dtype, device)
-    fused = config.attention != "reference" and not (
-        device.type == "cpu" and config.sequence_length <= CPU_REFERENCE_KEYS
-    )
+    short = device.type == "cpu" and config.sequence_length <= CPU_REFERENCE_KEYS
+    unfused = config.attention == "reference" or (config.attention == "auto" and short)
+    # PyTorch's CPU attention is written out, too, where it has dropout.
+    fused = not unfused and not (device.type == "cpu" and shape.dropout > 0)
     kept = activation_bytes(
         shape, config.batch_size, config.sequence_length, dtype, config.checkpoint_activations, fused
     )
