@@ -27,7 +27,7 @@ TIMES = ("tokens_per_second", "seconds", "mfu", "peak_memory_bytes")
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokens folder of ragged documents: bytes and three special tokens, sources alpha and beta, beta half the size."""
+    """A tokens folder of ragged documents: 259 ids, sources alpha and beta, beta half the size."""
     folder = tmp_path_factory.mktemp("tiny")
     return make_tokens(folder, inspect.getsource(textwrap))
 

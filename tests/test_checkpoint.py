@@ -28,6 +28,7 @@ from cli import UserError
 from model import GPT, GPTConfig
 from training import TrainingConfig, build_optimizers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=8)
 
 
@@ -220,6 +221,6 @@ def test_no_pickle_is_trusted(tmp_path):
     digests["optimizer.pt"] = checkpoint.sha256_file(path / "optimizer.pt")
     (path / MANIFEST).write_text(checkpoint.manifest_text(digests))
     assert verify(path) is None
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load_checkpoint(path, *trained())
     assert not (tmp_path / "owned").exists()

@@ -9,6 +9,7 @@ from objectives import next_token_loss
 from planning import activation_bytes, memory_parts, plan_lines
 from training import TrainingConfig, build_optimizers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"vocab_size": 300, "context_length": 512, "n_layer": 3, "n_head": 4, "n_embd": 64}
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "n_hidden": 176}
 SHAPES = {
