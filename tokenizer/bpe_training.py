@@ -97,39 +97,35 @@ def count_share(documents: Iterable[str], pattern: str, processes: int, part: in
     return counts
 
 
-def train_merges(chunk_counts: dict[str, int], new_tokens: int, min_count: int = 2) -> list[tuple[bytes, bytes]]:
-    """The merges, in order, that add `new_tokens` tokens to the 256 bytes.
+def train_merges(chunk_counts: dict[str, int], size: int, min_count: int = 2) -> list[tuple[bytes, bytes]]:
+    """The first `size` merges, each a pair of tokens and in their order; each makes one token that was not there.
 
     The next merge is the pair with the greatest count, and among equals the smallest pair of ids (bytes first, in
     GPT-2's order, then tokens by age): a pure function of the counts, whatever order they came in. The count of a pair
-    is the number of places it stands in, overlapping ones too. A merge that spells an old token a new way (a + bc after
-    ab + c) leads to that token. Fewer merges return when no pair is left that occurs `min_count` times.
+    is the number of places it stands in, overlapping ones too. Fewer merges return when no pair is left that occurs
+    `min_count` times.
     """
     tokens = [bytes([byte]) for byte in byte_alphabet()]
-    id_of = {token: id for id, token in enumerate(tokens)}
-    symbols = {byte: chr(id_of[bytes([byte])]) for byte in range(256)}
+    symbols = {byte: chr(id) for id, byte in enumerate(byte_alphabet())}
     words = [chunk.encode().decode("latin-1").translate(symbols) for chunk in chunk_counts]
     weights = list(chunk_counts.values())
     pair_counts, places = count_pairs(words, weights)
     queue = [(-count, pair) for pair, count in pair_counts.items()]  # a count here may have fallen since
     heapq.heapify(queue)
     merges = []
-    progress = tqdm(total=new_tokens, desc="merges", unit="", leave=False, mininterval=0.5)
-    while queue and len(tokens) < 256 + new_tokens:
+    progress = tqdm(total=size, desc="merges", unit="", leave=False, mininterval=0.5)
+    while queue and len(merges) < size:
         count, pair = heapq.heappop(queue)
         if -count != pair_counts[pair]:
             heapq.heappush(queue, (-pair_counts[pair], pair))
             continue
         if -count < min_count:
             break
-        merge = tokens[ord(pair[0])], tokens[ord(pair[1])]
-        merges.append(merge)
-        id = id_of.setdefault(merge[0] + merge[1], len(tokens))
-        if id == len(tokens):
-            tokens.append(merge[0] + merge[1])
-            progress.update()
-        for born in merge_pair(pair, chr(id), words, weights, pair_counts, places):
+        for born in merge_pair(pair, chr(len(tokens)), words, weights, pair_counts, places):
             heapq.heappush(queue, (-pair_counts[born], born))
+        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
+        tokens.append(b"".join(merges[-1]))
+        progress.update()
     progress.close()
     return merges
 

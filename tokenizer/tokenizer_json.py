@@ -107,7 +107,7 @@ def trained_spec(merges: list[tuple[bytes, bytes]], pattern: str, special_tokens
     """The tokenizer.json of trained `merges` (see `train_merges`): bytes first, then merges, then special tokens."""
     alphabet = byte_alphabet()
     named = [["".join(alphabet[byte] for byte in token) for token in merge] for merge in merges]
-    tokens = dict.fromkeys([*alphabet.values(), *("".join(merge) for merge in named)])
+    tokens = [*alphabet.values(), *("".join(merge) for merge in named)]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     steps = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
     special = {token: len(tokens) + i for i, token in enumerate(special_tokens)}
