@@ -21,12 +21,17 @@ class Tokenizer(ABC):
     vocab_size: the number of ids, the largest id plus one.
     """
 
-    def __init__(self, pieces: dict[int, bytes], special_tokens: dict[str, int], config: dict):
-        """`pieces`: the bytes each id writes. `config`: tokenizer_config.json, whose eos_token may end documents."""
+    def __init__(
+        self, pieces: dict[int, bytes], special_tokens: dict[str, int], config: dict, adds_space: bool = False
+    ):
+        """`pieces`: the bytes each id writes. `config`: tokenizer_config.json, whose eos_token may end documents.
+        `adds_space`: encoding puts a space before each text, which decoding takes away.
+        """
         self.special_tokens = special_tokens
         self.vocab_size = max(pieces) + 1
         self.config = config
         self._pieces = pieces
+        self._adds_space = adds_space
 
     @abstractmethod
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
@@ -82,6 +87,11 @@ class Tokenizer(ABC):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes the ids write, special tokens as their names. ValueError for an id outside the vocabulary."""
+        data = self._join(ids)
+        return data.removeprefix(b" ") if self._adds_space else data
+
+    def _join(self, ids: Iterable[int]) -> bytes:
+        """The bytes of all pieces."""
         try:
             return b"".join(map(self._pieces.__getitem__, ids))
         except KeyError as error:
@@ -106,11 +116,14 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._begun = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
         """The characters that `id` completes, perhaps none. Raises ValueError for an id outside the vocabulary."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([id]))
+        decode = self._tokenizer._join if self._begun else self._tokenizer.decode_bytes
+        self._begun = True
+        return self._utf8.decode(decode([id]))
 
     def flush(self) -> str:
         """U+FFFD for a character that never came whole, or the empty string."""

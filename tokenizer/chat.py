@@ -42,6 +42,8 @@ def render_chat(messages: Sequence[Mapping[str, str]], add_generation_prompt: bo
     """
     segments = []
     for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {number} is no object with the fields role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"message {number} has the role {role!r}: use one of {', '.join(ROLES)}")

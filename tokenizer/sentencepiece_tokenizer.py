@@ -38,8 +38,8 @@ class SentencePieceTokenizer(Tokenizer):
         sp = self._processor
         ids = range(sp.vocab_size())
         special = {sp.id_to_piece(id): id for id in ids if sp.is_control(id) or sp.is_unknown(id)}
-        super().__init__({id: piece_bytes(sp, id) for id in ids}, special, config)
-        self._adds_space = sp.normalize("a").startswith(SPACE)
+        pieces = {id: piece_bytes(sp, id) for id in ids}
+        super().__init__(pieces, special, config, adds_space=sp.normalize("a").startswith(SPACE))
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_pattern = re.compile(f"({names})")
 
@@ -52,17 +52,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of a text without special tokens."""
-        if self._adds_space or SPACE not in text:
-            return self._processor.encode(text.encode())
-        head, *tail = text.split(SPACE)
         space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        return self._processor.encode(head.encode()) + [
-            id for part in tail for id in space + self._processor.encode(part)
-        ]
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        data = super().decode_bytes(ids)
-        return data.removeprefix(b" ") if self._adds_space else data
+        ids = []
+        for number, part in enumerate([text] if self._adds_space else text.split(SPACE)):
+            ids += (space if number else []) + self._processor.encode(part.encode())
+        return ids
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
