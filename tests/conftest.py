@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,10 @@ def start(arguments: list[str], processes: int = 1, script: str | Path = "train_
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_lines(run: subprocess.Popen, out: Path, count: int) -> None:
+    """Until the run has logged `count` lines, or has ended."""
+    path = out / "metrics.jsonl"
+    while run.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < count):
+        time.sleep(0.002)  # a poll: whatever it misses only moves the place of the blow

@@ -1,6 +1,7 @@
 """Two processes under torchrun, gloo on a CPU: the same run as one process at the same global batch."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, losses, metrics, start
+from conftest import flags, losses, metrics, start, wait_for_lines
 
 from distributed import World, parallelize, start_world
 from model_folder import read_model_folder
@@ -84,17 +85,18 @@ def test_two_processes_are_terminated_and_go_on(tokens: Path, tmp_path: Path, pr
     that was never stopped, and a single process can take over a checkpoint of two."""
     settings = {"steps": 200, "eval_every": 30, "save_every": 0, "keep": 99, "optimizer": "muon", "seed": 5}
     command = flags(tokens, tmp_path / "run", "dropout=0.1", **settings)
-    path = tmp_path / "run" / "metrics.jsonl"
-    run = start(command, 2)
-    while run.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 20):
-        pass
-    run.send_signal(signal.SIGTERM)
-    said, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and not (tmp_path / "run" / "config.json").exists()
-    stopped = max(line["step"] for line in metrics(tmp_path / "run"))
-    assert 18 <= stopped < 200, errors
-    assert f"after step {stopped}, saved" in said
-    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+    stopped = 0
+    for one_rank in (False, True):  # to torchrun, which passes it on, or to the second worker alone
+        run = start(command, 2)
+        wait_for_lines(run, tmp_path / "run", stopped + 20)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(workers[-1]) if one_rank else run.pid, signal.SIGTERM)
+        said, errors = run.communicate(timeout=120)
+        assert run.returncode != 0 and not (tmp_path / "run" / "config.json").exists()
+        before, stopped = stopped, max(line["step"] for line in metrics(tmp_path / "run"))
+        assert before + 15 <= stopped < 200, errors
+        assert f"after step {stopped}, saved" in said
+        assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
     assert "resumed from" in finished(start(command, 2))
     calm = flags(tokens, tmp_path / "calm", "dropout=0.1", **settings)
     finished(start(calm, 2))

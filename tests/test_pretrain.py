@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHAPE, flags, losses, make_tokens, metrics, start
+from conftest import ROOT, SHAPE, flags, losses, make_tokens, metrics, start, wait_for_lines
 
 import checkpoint
 import cli
@@ -195,6 +195,27 @@ def test_documents_are_masked(pretrain: Pretrain, tokens: Path, tmp_path: Path, 
     assert all(documents is None for _, documents in seen)
 
 
+def test_an_evaluation_is_no_training_time(pretrain: Pretrain, tmp_path: Path, monkeypatch):
+    """On a clock that each evaluation puts forward by 1,000 seconds, no step takes that long."""
+    late, clock, windows = [0.0], time.perf_counter, TokenBatches.validation_windows
+
+    def slow(self):
+        late[0] += 1000.0
+        return windows(self)
+
+    monkeypatch.setattr(TokenBatches, "validation_windows", slow)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock() + late[0])
+    pretrain(tmp_path / "run", steps=7, eval_every=3)
+    assert late[0] == 3000.0
+    assert training.read_metrics(tmp_path / "run", "train")[-1]["seconds"] < 500
+
+
+def test_a_machine_without_git(pretrain: Pretrain, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    pretrain(tmp_path / "run", steps=1)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["git_commit"] is None
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_learns_alike(dtype, pretrain: Pretrain, tmp_path: Path):
     whole = pretrain(tmp_path / "fp32", steps=8)
@@ -295,13 +316,6 @@ def test_a_damaged_checkpoint_is_passed_over(pretrain: Pretrain, tmp_path: Path,
     assert checkpoint.verify(damaged.parent) is None
 
 
-def wait_for_lines(run, out: Path, count: int) -> None:
-    """Until the run has logged `count` lines, or has ended."""
-    path = out / "metrics.jsonl"
-    while run.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < count):
-        time.sleep(0.002)  # a poll: whatever it misses only moves the place of the blow
-
-
 def test_kill_terminate_interrupt_and_go_on(pretrain: Pretrain, tokens: Path, tmp_path: Path):
     """One run is terminated, interrupted and killed in processes of its own, and ends as if it had been left alone."""
     settings = {"steps": 300, "eval_every": 40, "save_every": 25}
@@ -371,10 +385,14 @@ def kill_all(run) -> None:
 # Going on, going back, going elsewhere
 
 
-def test_resume_never_starts_anew(pretrain: Pretrain, tmp_path: Path):
+def test_resume_never_starts_anew(pretrain: Pretrain, tmp_path: Path, monkeypatch):
     out = tmp_path / "run"
     pretrain(out, seed=1, steps=9)
     first = weights(out)
+    with monkeypatch.context() as patch, pytest.raises(Accident):
+        accident(patch, Run, "update", 2)
+        pretrain(out, seed=2, steps=4, resume="never")
+    assert not (out / "config.json").exists()  # the old model is gone as soon as its run is
     lines = pretrain(out, seed=2, steps=4, resume="never")
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
     assert weights(out) != first and names(out) == ["step-00000004"]
