@@ -147,16 +147,19 @@ def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
 
 
 def rope_tables(config: GPTConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each (B or 1, 1, T, D), for integer `positions` (B or 1, T)."""
+    """What `apply_rope` takes, (cos, cos) and (-sin, sin) of each pair's angle, each (B or 1, 1, T, D), for integer
+    `positions` (B or 1, T)."""
     angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)  # (B, 1, T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i together with channel i + D/2 by its angle: x (B, H, T, D) -> (B, H, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn channel i together with channel i + D/2 by its angle: x (B, H, T, D) -> (B, H, T, D).
+
+    (x_i cos - x_j sin, x_j cos + x_i sin) for j = i + D/2: rolled by D/2, each channel stands in its partner's place.
+    """
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
@@ -165,8 +168,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: 
     q (B, H, T, D); k, v (B, H, S, D); bias, 0 where a query sees a key and -inf where not, broadcast to (B, H, T, S).
     Up to a few hundred keys these batched products are also the fastest form on a CPU.
     """
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2) + bias  # (B, H, T, S)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v  # (B, H, T, D)
+    heads, scale = q.shape[:2], 1 / math.sqrt(q.size(-1))
+    q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias.expand(*heads, -1, -1)))  # B and H as one
+    scores = torch.baddbmm(bias, q, k.mT, alpha=scale)  # (B H, T, S); product, scale and bias in one pass
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).unflatten(0, heads)  # (B, H, T, D)
 
 
 def visible_keys(config: GPTConfig, positions: Tensor, documents: Tensor | None, keys: int) -> Tensor:
@@ -228,11 +233,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: "Context") -> Tensor:  # (B, T, C) -> (B, T, C)
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, D)
+        q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, K, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
-        if context.rope is not None:
-            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if context.rope is None:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
+        else:  # both at once: half the operations
+            turned = apply_rope(torch.cat([q, k], dim=2).transpose(1, 2), *context.rope)  # (B, H + K, T, D)
+            q, k = turned.split([q.size(2), k.size(2)], dim=1)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v, context.positions, context.used)  # (B, K, S, D)
         y = self.attend(q, k, v, context)  # (B, H, T, D)
@@ -295,7 +303,7 @@ class Context:
     """What every block needs of the batch beside the activations, computed once a forward pass."""
 
     positions: Tensor  # (B or 1, T), places in the row
-    rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B or 1, 1, T, D)
+    rope: tuple[Tensor, Tensor] | None  # of rope_tables, each (B or 1, 1, T, D)
     visible: Tensor | None  # bool (B or 1, 1, T, S); None is plain causal attention
     bias: Tensor | None  # the same as 0 and -inf, for attention_reference; None selects SDPA
     cache: KVCache | None

@@ -222,7 +222,7 @@ class Run:
         self.bar = tqdm(total=self.config.steps, initial=first, unit="step", disable=hide, smoothing=0.1)
         for step in range(first, self.config.steps):
             # Dropout as a pure function of (seed, step, rank): there is no generator state to save or to lose.
-            torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.world.rank)
+            self.world.seed((self.config.seed * 1_000_003 + step) * 1_009 + self.world.rank)
             self.start_clock()
             yield step
             if self.stopping:
@@ -304,8 +304,11 @@ class Run:
             peak_memory_bytes=peak_memory(self.world.device),
         )
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {total / trained_tokens:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            progress = f"loss {total / trained_tokens:.3f}, {speed:,.0f} tokens/s"
+            self.bar.set_postfix_str(progress, refresh=False)
             self.bar.update()
+            if self.bar.disable and self.due(step, math.ceil(self.config.steps / 10)):  # nobody watches: a log file
+                self.say(f"step {step} of {self.config.steps}: {progress}")
 
     def log(self, step: int, split: str, **values: float | None) -> None:
         """One line of metrics.jsonl, and of the mirror if one was asked for. Other ranks than the first do nothing."""
@@ -539,6 +542,7 @@ def plot_loss(folder: Path) -> Path:
     """Draw the run's training and validation loss over tokens into loss.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -548,8 +552,10 @@ def plot_loss(folder: Path) -> Path:
     points = [line["tokens"] for line in validation], [line["loss"] for line in validation]
     axes.plot(*points, "o-", ms=4, label="validation")
     if validation and points[1][-1] is not None:
-        axes.annotate(f"{points[1][-1]:.3f}", (points[0][-1], points[1][-1]), (4, 8), textcoords="offset points")
+        last, place = (points[0][-1], points[1][-1]), {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{last[1]:.3f}", last, **place)
     axes.set(xlabel="tokens trained", ylabel="loss (nats a token)", title=f"{folder.name}: loss")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)

@@ -14,7 +14,6 @@ import gc
 import io
 import json
 import os
-import platform
 import sys
 import sysconfig
 import time
@@ -33,6 +32,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 import cli
+from bench.results_file import write_results
 from tokenizer import ByteLevelBPE
 from tokenizer.bpe_training import GPT4_PATTERN, count_chunks, train_merges
 from tokenizer.tokenizer_json import trained_spec
@@ -76,7 +76,8 @@ def main(config: BenchConfig) -> None:
         seconds, made = race(encoding, config.repeats, keep=ids_only)
         assert all(map(np.array_equal, made["ours"], made["tokenizers"])), "ours and tokenizers disagree"
         rows.append(row("encode", size, megabytes, seconds))
-    write_results(config, rows, megabytes, processes)
+    text = {"source": "python-stdlib", "megabytes": round(megabytes, 2)}
+    write_results(config.out, [np, regex, sentencepiece, tokenizers], text=text, repeats=config.repeats, rows=rows)
 
 
 def stdlib_texts() -> list[str]:
@@ -177,31 +178,6 @@ def row(task: str, size: int, megabytes: float, seconds: dict[str, float]) -> di
         "ours_over_tokenizers": ratio,
         "target": TARGETS[task],
     }
-
-
-def write_results(config: BenchConfig, rows: list[dict], megabytes: float, processes: int) -> None:
-    """The rows with what they hold for: machine, versions, date, text."""
-    libraries = {module.__name__: module.__version__ for module in (np, regex, sentencepiece, tokenizers)}
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "cores": processes, "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | libraries,
-        "text": {"source": "python-stdlib", "megabytes": round(megabytes, 2)},
-        "repeats": config.repeats,
-        "rows": rows,
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {config.out}")
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The baseline that a language model must beat: unigrams and bigrams of tokens, fitted on the training split.
 
-    python -m data.ngram --data runs/tokens
+    python -m data.ngram --data runs/tokens [--run runs/base]
+
+With --run, the last validation of a training run on these tokens is printed beside them.
 
 Both are smoothed by absolute discounting with interpolation, the bigrams after Kneser and Ney (Ney, Essen and Kneser
 1994, "On structuring probabilistic dependences in stochastic language modelling"; Chen and Goodman 1998, "An empirical
@@ -14,6 +16,7 @@ different neighbours and V the vocabulary:
 and each discount is n1 / (n1 + 2 n2), of the n1 counts that are one and the n2 that are two.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import run
+from cli import UserError, run
 
 from .loader import TokenSplit, open_tokens
 
@@ -35,6 +38,8 @@ class NgramConfig:
 
     data: Path
     """Tokens folder, written by data.prepare."""
+    run: Path | None = None
+    """Folder of a training run to set beside the baselines."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +140,26 @@ def smooth(counts: np.ndarray) -> np.ndarray:
     return np.maximum(counts - discount, 0) / counts.sum() + left_over / len(counts)
 
 
+def last_validation(run: Path, data: Path) -> tuple[float, float]:
+    """Loss and bits per byte of a run's last validation. UserError if it has none, or was on other tokens."""
+    try:
+        trained_on = json.loads((run / "run.json").read_text())["identity"]["data"]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        loss, bits = [(m["loss"], m["bits_per_byte"]) for m in lines if m["split"] == "validation"][-1]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--run {run}: not a training run with a validation loss ({error!r})") from None
+    if trained_on != open_tokens(data).fingerprint:
+        raise UserError(f"--run {run} was trained on other tokens than {data}: give --data the folder of that run")
+    return loss, bits
+
+
 def main(config: NgramConfig) -> None:
-    """Print both baselines."""
+    """Print both baselines, and the run's figures under them."""
+    run_figures = config.run and last_validation(config.run, config.data)  # its mistakes show before the counting
     figures = bigram_bits_per_byte(config.data)
-    for order in ("unigram", "bigram"):
-        loss, bits = figures[f"{order}_loss"], figures[f"{order}_bits_per_byte"]
-        print(f"{order}: {loss:.4f} nats a token, {bits:.4f} bits per byte")
+    rows = [(order, figures[f"{order}_loss"], figures[f"{order}_bits_per_byte"]) for order in ("unigram", "bigram")]
+    for name, loss, bits in rows + ([(str(config.run), *run_figures)] if run_figures else []):
+        print(f"{name}: {loss:.4f} nats a token, {bits:.4f} bits per byte")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """train_pretrain.py from end to end: what a run writes, and that no accident changes it by a bit."""
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import cli
 import train_pretrain
 import training
 from checkpoint import best_checkpoint, checkpoints
+from data import ngram
 from data.loader import TokenBatches, open_tokens
 from model import GPT
 from model_folder import read_model_folder
@@ -708,3 +710,27 @@ def test_a_real_mistake_of_a_real_process(tmp_path: Path):
     assert (run.returncode, said) == (2, "")
     assert errors.startswith("error: ") and errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_set_beside_the_baselines(pretrain: Pretrain, tokens: Path, tmp_path: Path, capsys):
+    """`data.ngram --run` prints the run's last validation; what is no such run is one line."""
+    lines = pretrain(tmp_path / "run", steps=7)
+    capsys.readouterr()
+    ngram.main(ngram.NgramConfig(tokens, tmp_path / "run"))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["unigram", "bigram", str(tmp_path / "run")]
+    last = lines[-1]
+    assert said[2].endswith(f"run: {last['loss']:.4f} nats a token, {last['bits_per_byte']:.4f} bits per byte")
+    with pytest.raises(cli.UserError, match="not a training run"):
+        ngram.main(ngram.NgramConfig(tokens, tmp_path))
+    other = make_tokens(tmp_path, "Quite another text.\n\nOf a few paragraphs.\n\n" + inspect.getsource(inspect))
+    with pytest.raises(cli.UserError, match="was trained on other tokens"):
+        ngram.main(ngram.NgramConfig(other, tmp_path / "run"))
+
+
+def test_a_log_file_sees_progress(pretrain: Pretrain, tmp_path: Path, capsys):
+    """Where no bar is shown, ten lines of a run tell how far it is."""
+    pretrain(tmp_path / "run", steps=20)
+    said = [line for line in capsys.readouterr().out.splitlines() if " of 20: loss " in line]
+    assert [int(line.split()[1]) for line in said] == list(range(2, 21, 2))
+    assert all(line.endswith(" tokens/s") for line in said)

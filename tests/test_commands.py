@@ -1,0 +1,119 @@
+"""Every command in the README and the recipes runs, shortened; the layout is what CONTRIBUTING says."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# What makes a command short: a small text for the library's, a small vocabulary, and few steps.
+SHORTER = [
+    (r"--vocab-size \d+", "--vocab-size 300"),
+    (r"--steps \d+", "--steps 2"),
+    (r"--max-new-tokens \d+", "--max-new-tokens 4"),
+    (r"--samples (\d+)", r"--samples \1 --max-new-tokens 4"),
+]
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A folder of some of the library's texts, under the name of the whole."""
+    folder = tmp_path / "python-stdlib"
+    folder.mkdir()
+    for source in sorted(Path(os.__file__).parent.glob("[a-c]*.py"))[:30]:
+        shutil.copy(source, folder / f"{source.stem}.txt")
+    return folder
+
+
+def shortened(script: str, library: Path) -> str:
+    for long, short in SHORTER:
+        script = re.sub(long, short, script)
+    return script.replace("python-stdlib --out", f"{library} --out")
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Run a bash script in the project's folder, with this Python; returns what it prints."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", script, *arguments]
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_readme_commands(tmp_path: Path, library: Path):
+    commands = [line for line in readme_commands() if not line.startswith("make ")]
+    assert len(commands) >= 11
+    script = shortened("\n".join(commands), library).replace("runs/", f"{tmp_path}/")
+    said = run_script(script)
+    assert "124,439,808" in said  # the plan
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["import ", "import ", "class ", "class "]
+    for run in ("base", "ddp", "deep", "further"):
+        assert (tmp_path / run / "model.safetensors").is_file()
+
+
+def test_make_targets_of_the_readme():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
+    assert targets == ["quickstart", "test"] and all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_quickstart(tmp_path: Path, library: Path):
+    script = shortened((ROOT / "recipes" / "quickstart.sh").read_text(), library)
+    said = run_script(script, "recipes/quickstart.sh", str(tmp_path / "out"))
+    assert re.findall(r"^== (\d)\.", said, re.MULTILINE) == list("123456")
+    assert said.splitlines()[-1].startswith(f"All of it lies in {tmp_path / 'out'}: ")
+    assert (tmp_path / "out" / "base" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    baseline = [float(line.split()[-4]) for line in said.splitlines() if line.endswith("bits per byte")][-2:]
+    assert baseline[0] < baseline[1]  # two steps of training beat no bigram
+    assert "resumed from" in run_script(script, "recipes/quickstart.sh", str(tmp_path / "out"))
+
+
+def test_links_of_the_pages():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{page} links to {target}"
+
+
+FLOORS = [
+    {"cli"},
+    {"tokenizer", "objectives"},
+    {"model", "model_folder", "data"},
+    {"distributed", "checkpoint", "planning", "sampling"},
+    {"training", "generate"},
+    {"train_pretrain"},
+]
+BESIDE = [("data", "tokenizer"), ("model_folder", "model"), ("generate", "sampling")]
+ORACLES = {"transformers", "tokenizers", "peft", "trl", "tiktoken", "pickle"}
+
+
+def program_files() -> list[Path]:
+    return [path for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[dkt]*/*.py")) if "tests" not in path.parts]
+
+
+@pytest.mark.parametrize("path", program_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_from_lower_floors_alone(path: Path):
+    """Or from its own floor where CONTRIBUTING says so; and never an oracle of the tests."""
+    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") < 600
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for other in (name.split(".")[0] for name in names):
+            assert other not in ORACLES
+            lower = floor_of.get(other, -1) < floor_of[room] or other == room or (room, other) in BESIDE
+            assert lower, f"{path.name}:{node.lineno} imports {other}"
