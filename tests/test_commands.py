@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+BENCHES = ("pretrain_cpu", "tokenizer")
 # What makes a command short: a small text for the library's, a small vocabulary, and few steps.
 SHORTER = [
     (r"--vocab-size \d+", "--vocab-size 300"),
@@ -85,6 +86,21 @@ def test_links_of_the_pages():
     for page in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page} links to {target}"
+
+
+def test_figures_are_those_of_the_results():
+    """The README's table, from the files that the benchmarks wrote."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = {name: json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())["rows"] for name in BENCHES}
+    for row in results["pretrain_cpu"]:
+        speed, loss = row["tokens_a_second"], row["validation_loss"]
+        ratio = f"{row['ours_over_nanogpt']:.2f}"
+        assert f"| {speed['ours']:,} tokens/s | nanoGPT {speed['nanogpt']:,} | {ratio} |" in page
+        assert f"| {loss['ours']:.3f}" in page and f"| nanoGPT {loss['nanogpt']:.3f}" in page
+    assert f"could reach {results['pretrain_cpu'][1]['nanogpt_over_bf16_products']}." in page
+    for row in results["tokenizer"][:2]:
+        speed, ratio = row["megabytes_per_second"], row["ours_over_tokenizers"]
+        assert f"| {speed['ours']:.1f} MB/s | tokenizers {speed['tokenizers']:.1f} | {ratio:.2f} |" in page
 
 
 FLOORS = [
