@@ -2,7 +2,7 @@
 # make test         every test but the slow ones; `make test-slow` runs those
 # make lint         ruff, check and format
 #
-# Each makes .venv and installs what it needs. Another interpreter: make test PYTHON=python3.12
+# Each makes .venv and installs what it needs. With another interpreter: rm -rf .venv; make test PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,15 +22,16 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(BIN)/python:
+# pip is the last that venv makes: a half-made .venv has a python, but no pip
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is not Python 3.11 or newer: name one, make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
 
-.venv/.run: requirements.txt | $(BIN)/python
+.venv/.run: requirements.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
+.venv/.dev: .venv/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

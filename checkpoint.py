@@ -28,7 +28,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` under `folder`, then delete all but the newest `keep` and the best."""
     target = folder / f"step-{step:08d}"
-    with whole_folder(target, MANIFEST) as partial:
+    with whole_folder(target, MANIFEST, *FILES) as partial:
         save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, partial / "model.safetensors")
         torch.save([optimizer.state_dict() for optimizer in optimizers], partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps({"step": step} | state))
@@ -136,7 +136,10 @@ def mark_best(folder: Path, step: int, loss: float) -> None:
 def best_checkpoint(folder: Path) -> dict[str, Any]:
     """`name`, `step` and validation `loss` of the best checkpoint; empty before the first evaluation."""
     path = folder / "best.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, and the run goes on without its best checkpoint") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +60,32 @@ def parse_flags(config_type: Any, arguments: list[str] | None = None) -> Any:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, marker: str) -> Iterator[Path]:
+def whole_folder(out: Path, *ours: str) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
-    An `out` that already stands is replaced only if it is empty or holds the file `marker`, the sign that this command
-    wrote it: no other folder of the user's is ever touched.
+    An `out` that already stands is replaced only if the name of all that lies in it matches one of the patterns `ours`,
+    the files that this command writes: no other file of the user's is ever touched.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
-    if out.exists() and any(out.iterdir()) and not (out / marker).exists():
-        raise UserError(f"{out} holds other files (no {marker}): name a new or empty folder with --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for path in out.iterdir() if out.exists() else ():
+        if not any(fnmatch(path.name, pattern) for pattern in ours):
+            raise UserError(f"{out} holds other files, such as {path.name}: name a new or empty folder with --out")
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for left in (partial, old):  # of a killed run
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         sync_folder(partial)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)  # deleted under its own name, a kill could leave half of it there
         partial.rename(out)
         sync_path(out.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

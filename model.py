@@ -305,7 +305,7 @@ class Context:
     positions: Tensor  # (B or 1, T), places in the row
     rope: tuple[Tensor, Tensor] | None  # of rope_tables, each (B or 1, 1, T, D)
     visible: Tensor | None  # bool (B or 1, 1, T, S); None is plain causal attention
-    bias: Tensor | None  # the same as 0 and -inf, for attention_reference; None selects SDPA
+    bias: Tensor | None  # the same as 0 and -inf, (1, 1, T, S) or (B, H, T, S), for attention_reference; None: SDPA
     cache: KVCache | None
     used: int  # keys in the row so far, S
 
@@ -396,6 +396,8 @@ class GPT(nn.Module):
         ):
             seen = visible_keys(self.config, place, documents, used) if visible is None else visible
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+            if bias.size(0) > 1:  # for every head once, not in every layer
+                bias = bias.expand(-1, self.config.n_head, -1, -1).contiguous()
         return Context(place, rope, visible, bias, cache, used)
 
     @property

@@ -21,7 +21,7 @@ from cli import UserError
 from data.loader import TokenBatches, TokenDataset, documents, open_tokens
 from distributed import choose_device, no_sync, parallelize, world_size
 from model import CPU_REFERENCE_KEYS, GPT, PRESETS, GPTConfig, flops_per_token
-from model_folder import read_config, read_model_folder, write_model_folder
+from model_folder import family, read_config, read_model_folder, write_model_folder
 from objectives import IGNORE, next_token_loss
 from planning import activation_bytes, memory_parts, plan_lines
 from tokenizer import Tokenizer, load_tokenizer
@@ -110,7 +110,9 @@ def main(config: PretrainConfig) -> None:
             run.log_step(step + 1, step_loss, trained_tokens, rate, grad_norm)
             run.save(step + 1, model, optimizers)  # before the evaluation, so that no evaluation costs a trained step
 
-        evaluate(run, config.steps, engine, batches)
+        loss = evaluate(run, config.steps, engine, batches)
+        if not math.isfinite(loss):
+            raise UserError("the validation loss is no number, so no model is written: lower --learning-rate")
         finish(run, model, tokenizer)
 
 
@@ -148,6 +150,9 @@ def check_shape(shape: GPTConfig, dataset: TokenDataset | None) -> None:
             raise UserError(f"--shape: {name} is {getattr(shape, name)}: give 1 or more")
     if shape.sliding_window is not None and shape.sliding_window < 1:
         raise UserError(f"--shape: sliding_window is {shape.sliding_window}: give 1 or more")
+    for name in ("norm_eps", "rope_theta"):
+        if not 0 < getattr(shape, name) < math.inf:
+            raise UserError(f"--shape: {name} is {getattr(shape, name)}: give a positive number")
     if not 0 <= shape.dropout < 1:
         raise UserError(f"--shape: dropout is {shape.dropout}: give a fraction below 1")
     if dataset is not None and shape.vocab_size < dataset.vocab_size:
@@ -239,8 +244,8 @@ def document_of(inputs: Tensor, config: PretrainConfig, dataset: TokenDataset) -
 
 
 @torch.no_grad()
-def evaluate(run: Run, step: int, engine: nn.Module, batches: TokenBatches) -> None:
-    """Log the loss over fixed windows that cover the validation split, in nats a token and in bits a byte of text."""
+def evaluate(run: Run, step: int, engine: nn.Module, batches: TokenBatches) -> float:
+    """Log and return the loss over fixed windows that cover the validation split, in nats a token; log bits a byte."""
     engine.eval()
     size, windows = run.config.batch_size, batches.validation_windows()
     loss_sum = trained_tokens = 0.0
@@ -257,6 +262,7 @@ def evaluate(run: Run, step: int, engine: nn.Module, batches: TokenBatches) -> N
     if run.world.main:
         mark_best(run.checkpoints, step, loss)
     run.start_clock()  # an evaluation is no part of the next step's time
+    return loss
 
 
 def finish(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
@@ -266,6 +272,8 @@ def finish(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
     out, best = run.config.out, best_checkpoint(run.checkpoints)
     write_model_folder(out, model, tokenizer)
     plot_loss(out)
+    if family(model.config) == "gpt":
+        run.say("this mixture of GPT-2 and Llama is a shape of our own, which transformers does not open")
     run.say(f"model in {out}, loss curve in {out / 'loss.png'}, {run.seconds:,.0f} s of training steps")
     if best and best["step"] != run.config.steps:
         run.say(f"the lowest validation loss was {best['loss']:.4f}, of {run.checkpoints / best['name']}")

@@ -108,6 +108,10 @@ class TrainingConfig:
         for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "clip", "sequence_length"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be negative, not {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag(field.name)} must be a finite number, not {value}")
         if not 0 <= self.final_learning_rate <= 1 or not 0 < self.beta2 < 1:
             raise UserError("--final-learning-rate and --beta2 are fractions between 0 and 1")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
@@ -220,10 +224,10 @@ class Run:
         # disable=None: no bar where stderr is a file, whose only lines are then errors
         hide = None if self.world.main else True
         self.bar = tqdm(total=self.config.steps, initial=first, unit="step", disable=hide, smoothing=0.1)
+        self.start_clock()
         for step in range(first, self.config.steps):
             # Dropout as a pure function of (seed, step, rank): there is no generator state to save or to lose.
             self.world.seed((self.config.seed * 1_000_003 + step) * 1_009 + self.world.rank)
-            self.start_clock()
             yield step
             if self.stopping:
                 self.bar.close()
@@ -287,7 +291,8 @@ class Run:
         """
         total, stop = self.world.sum(float(loss_sum), float(self.signal.number > 0))
         self.stopping = stop > 0
-        elapsed = time.perf_counter() - self.started
+        elapsed = time.perf_counter() - self.started  # from the last step's end: all but evaluations and checkpoints
+        self.start_clock()
         self.tokens += trained_tokens
         self.seconds += elapsed
         speed = trained_tokens / elapsed
@@ -342,6 +347,7 @@ class Run:
             state = {name: getattr(self, name) for name in SAVED_STATE}
             save_checkpoint(self.checkpoints, step, model, optimizers, state, self.config.keep)
         self.world.barrier()
+        self.start_clock()
 
     def resume(self, model: nn.Module, optimizers: list[Optimizer]) -> int:
         """Fill model and optimizers from the checkpoint that --resume names, if any, and open the run's folder.
@@ -376,6 +382,7 @@ class Run:
             if file is not None:
                 file.close()
         if kind in (None, SystemExit):
+            self.world.barrier()  # a rank that leaves while the first still writes would break its connections
             end_world()
 
 
@@ -391,8 +398,7 @@ def start_run(config: TrainingConfig, identity: dict[str, Any]) -> Run:
     check_compiler(config, world)
     if config.log != "jsonl" and importlib.util.find_spec(config.log) is None:
         raise UserError(f"--log {config.log}: pip install {config.log}")
-    if world.main:
-        check_folder(config, identity)
+    check_folder(config, identity)  # on all ranks, before any writes: they fail alike or not at all
     world.barrier()
     torch.manual_seed(config.seed)
     return Run(config, world, json.loads(json.dumps(identity)))
@@ -554,7 +560,8 @@ def plot_loss(folder: Path) -> Path:
     if validation and points[1][-1] is not None:
         last, place = (points[0][-1], points[1][-1]), {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
         axes.annotate(f"{last[1]:.3f}", last, **place)
-    axes.set(xlabel="tokens trained", ylabel="loss (nats a token)", title=f"{folder.name}: loss")
+    axes.set(xlabel="tokens trained", ylabel="loss (nats a token)")
+    axes.set_title(f"{folder.name}: loss".encode("utf-8", "replace").decode(), parse_math=False)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,8 +10,11 @@ speed  Short runs, the programs taking turns. A run's figure is the median of it
        program's that of its best run: a neighbour on the machine slows some runs by a third. Ratios are of tokens a
        second.
 loss   One whole run each. Ours is the mean over every byte held out; nanoGPT's its own estimate, on as many bytes.
-floor  What the matrix products of a step take alone, in fp32 and bf16: no program that multiplies in bf16 can be
-       faster than the latter.
+floor  What the matrix products of a step take alone as PyTorch multiplies them here, attention's in full, in fp32 and
+       bf16.
+
+Each size writes a file of results, if the peer ran beside it. Ours has RoPE in place of learned positions, a higher
+learning rate and a linear schedule to 0; nanoGPT the rest of its own recipe for this text.
 """
 
 import json
@@ -26,6 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -77,25 +81,34 @@ class BenchConfig:
     """A checkout of nanoGPT; without it ours runs alone."""
     text: Path = ROOT.parent / "shared" / "data" / "shakespeare" / "tinyshakespeare.txt"
     """The text, in ASCII."""
-    sizes: tuple[str, ...] = ("small", "medium")
+    sizes: tuple[Literal["small", "medium"], ...] = ("small", "medium")
     """Sizes to run."""
     rounds: int = 5
     """Short runs of each program."""
-    out: Path = Path(__file__).parent / "results" / "pretrain_cpu.json"
-    """The JSON file to write."""
+    out: Path = Path(__file__).parent / "results"
+    """Folder of pretrain_cpu_small.json and so on."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"--rounds must be positive, not {self.rounds}")
+        if self.nanogpt is not None and not (self.nanogpt / "train.py").is_file():
+            raise UserError(f"--nanogpt {self.nanogpt} is no checkout of nanoGPT: it has no train.py")
+        if not self.text.is_file() or not self.text.read_bytes().isascii():
+            raise UserError(f"--text {self.text}: name a file of ASCII text, such as tinyshakespeare")
 
 
 def main(config: BenchConfig) -> None:
-    if config.nanogpt is not None and not (config.nanogpt / "train.py").is_file():
-        raise UserError(f"--nanogpt {config.nanogpt} is no checkout of nanoGPT: it has no train.py")
     sizes = [size for size in SIZES if size.name in config.sizes]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         programs = {"ours": OurProgram(config.text, folder)}
         if config.nanogpt is not None:
             programs["nanogpt"] = NanoGPT(config.nanogpt, config.text, folder)
-        rows = [measure(size, programs, config.rounds) for size in sizes]
-    write_results(config.out, [torch, np], threads=torch.get_num_threads(), rounds=config.rounds, rows=rows)
+        for size in sizes:
+            row = measure(size, programs, config.rounds)
+            if config.nanogpt is not None:
+                path = config.out / f"pretrain_cpu_{size.name}.json"
+                write_results(path, [torch, np], threads=torch.get_num_threads(), rounds=config.rounds, **row)
 
 
 class OurProgram:

@@ -81,7 +81,7 @@ def main(config: CurateConfig) -> None:
         if config.out.resolve().is_relative_to(Path(word).resolve()):
             raise UserError(f"--out {config.out} lies inside INPUT {word}, which would then hold its own corpus")
     files = list_files(config.inputs)
-    with whole_folder(config.out, "report.json") as folder:
+    with whole_folder(config.out, "report.json", "documents-*.jsonl") as folder:
         spool_path = folder / "spool"
         with open(spool_path, "w+b") as spool:
             report = curate(files, spool, folder, config.validation_fraction)

@@ -148,6 +148,8 @@ def last_validation(run: Path, data: Path) -> tuple[float, float]:
         loss, bits = [(m["loss"], m["bits_per_byte"]) for m in lines if m["split"] == "validation"][-1]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"--run {run}: not a training run with a validation loss ({error!r})") from None
+    if loss is None:
+        raise UserError(f"--run {run}: its last validation loss is no number: the run diverged")
     if trained_on != open_tokens(data).fingerprint:
         raise UserError(f"--run {run} was trained on other tokens than {data}: give --data the folder of that run")
     return loss, bits
@@ -160,6 +162,8 @@ def main(config: NgramConfig) -> None:
     rows = [(order, figures[f"{order}_loss"], figures[f"{order}_bits_per_byte"]) for order in ("unigram", "bigram")]
     for name, loss, bits in rows + ([(str(config.run), *run_figures)] if run_figures else []):
         print(f"{name}: {loss:.4f} nats a token, {bits:.4f} bits per byte")
+    if run_figures:
+        print(f"the run is {'below' if run_figures[1] < figures['bigram_bits_per_byte'] else 'NOT below'} the bigram")
 
 
 if __name__ == "__main__":

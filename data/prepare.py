@@ -156,7 +156,7 @@ def main(config: PrepareConfig) -> None:
     started = time.perf_counter()
     reader, tokenizer = CorpusReader(config.input), load_tokenizer(config.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    with whole_folder(config.out, "manifest.json") as folder:
+    with whole_folder(config.out, "manifest.json", "tokenizer", "train-*.npy", "validation-*.npy") as folder:
         names = ("train", "validation")
         writers = {name: SplitWriter(folder, name, dtype, config.shard_tokens) for name in names}
         tokenize(reader, tokenizer, writers, config.processes)

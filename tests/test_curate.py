@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cli
 from cli import UserError
 from data.curate import CurateConfig, choose_split, cut_tail, main, write_lines
 
@@ -250,6 +251,23 @@ def test_another_folder_is_never_replaced(tmp_path: Path):
     (tmp_path / "in.txt").write_text("a line\nanother line\n")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "precious.txt").write_text("mine")
+    (tmp_path / "corpus" / "report.json").write_text("{}")  # a name that others use as well
     with pytest.raises(UserError, match="holds other files"):
         curate(tmp_path, tmp_path / "in.txt")
     assert (tmp_path / "corpus" / "precious.txt").read_text() == "mine"
+
+
+def test_a_kill_while_a_corpus_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At any deletion or renaming: the folder is the old one, the new one or absent, and the command can run again."""
+    (tmp_path / "in.txt").write_text("a line\nanother line\n")
+    curate(tmp_path, tmp_path / "in.txt")
+    old = {path.name for path in (tmp_path / "corpus").iterdir()}
+    for step in ("rename", "rmtree"):
+        owner = Path if step == "rename" else cli.shutil
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                curate(tmp_path, tmp_path / "in.txt")
+        assert {path.name for path in (tmp_path / "corpus").iterdir()} == old
+    curate(tmp_path, tmp_path / "in.txt")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "corpus"}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -718,7 +719,8 @@ def test_a_run_is_set_beside_the_baselines(pretrain: Pretrain, tokens: Path, tmp
     capsys.readouterr()
     ngram.main(ngram.NgramConfig(tokens, tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == ["unigram", "bigram", str(tmp_path / "run")]
+    assert [line.split(":")[0] for line in said[:3]] == ["unigram", "bigram", str(tmp_path / "run")]
+    assert said[3:] == ["the run is NOT below the bigram"]
     last = lines[-1]
     assert said[2].endswith(f"run: {last['loss']:.4f} nats a token, {last['bits_per_byte']:.4f} bits per byte")
     with pytest.raises(cli.UserError, match="not a training run"):
@@ -734,3 +736,42 @@ def test_a_log_file_sees_progress(pretrain: Pretrain, tmp_path: Path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if " of 20: loss " in line]
     assert [int(line.split()[1]) for line in said] == list(range(2, 21, 2))
     assert all(line.endswith(" tokens/s") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ({"learning_rate": math.inf}, "--learning-rate must be a finite number"),
+        ({"weight_decay": math.inf}, "--weight-decay must be a finite number"),
+        ({"shape": (*SHAPE, "norm_eps=nan")}, "--shape: norm_eps is nan: give a positive number"),
+        ({"shape": (*SHAPE, "position=rope", "rope_theta=0")}, "--shape: rope_theta is 0"),
+    ],
+)
+def test_numbers_that_are_none(flags, what, tokens: Path, tmp_path: Path):
+    settings = {"data": tokens, "shape": SHAPE, "out": tmp_path / "run"} | flags
+    with pytest.raises(cli.UserError, match=re.escape(what)):
+        train_pretrain.main(PretrainConfig(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_writes_no_model(pretrain: Pretrain, tmp_path: Path, monkeypatch):
+    def poison(run, model, optimizers, rate):
+        model.embed_tokens.weight.data[0] = math.nan
+        return 1.0
+
+    monkeypatch.setattr(Run, "update", poison)
+    with pytest.raises(cli.UserError, match="the validation loss is no number, so no model is written"):
+        pretrain(tmp_path / "run", steps=1)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_damaged_best_is_named(pretrain: Pretrain, tmp_path: Path):
+    pretrain(tmp_path / "run", steps=4)
+    (tmp_path / "run" / "checkpoints" / "best.json").write_text('{"na')
+    with pytest.raises(cli.UserError, match=r"best\.json is damaged: delete it"):
+        pretrain(tmp_path / "run", steps=6)
+
+
+def test_a_name_that_is_no_formula(pretrain: Pretrain, tmp_path: Path):
+    pretrain(tmp_path / "cost$1^$", steps=1)
+    assert (tmp_path / "cost$1^$" / "loss.png").is_file()

@@ -222,6 +222,7 @@ def test_other_mistakes_with_files(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").write_text("mine")
+    (tmp_path / "taken" / "tokenizer_config.json").touch()  # as in the folder of a trained model
     for source, out, complaint in [
         ("latin1.txt", "out", "latin1.txt: not UTF-8 (byte 3)"),
         ("empty", "out", "holds no documents-*.jsonl"),
@@ -231,3 +232,23 @@ def test_other_mistakes_with_files(tmp_path, monkeypatch, capsys):
         status, stderr = run_command(monkeypatch, capsys, *arguments)
         assert (status, complaint in stderr) == (2, True), stderr
     assert (tmp_path / "taken" / "precious").exists()
+
+
+def test_no_worker_outlives_its_parent(tmp_path):
+    """A worker with more to send than a pipe holds, whose parent is killed before it reads."""
+    script = (
+        "import time\n"
+        "from tokenizer.processes import over_processes\n"
+        "def work(part):\n"
+        "    if part:\n"
+        "        return bytes(10**7)\n"
+        "    print(flush=True)\n"
+        "    time.sleep(60)\n"
+        "over_processes(work, 3)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
+    parent.stdout.readline()
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(children) == 2
+    parent.kill()
+    parent.communicate(timeout=20)  # ends when nobody holds its standard output any more, else raises

@@ -92,7 +92,9 @@ def count_share(documents: Iterable[str], pattern: str, processes: int, part: in
     splitter = Splitter(pattern)
     counts = Counter()
     share = islice(documents, part, None, processes)
-    for text in tqdm(share, desc="count", unit=" documents", leave=False, mininterval=0.5, disable=part > 0):
+    for text in tqdm(
+        share, desc="count", unit=" documents", leave=False, mininterval=0.5, disable=True if part else None
+    ):
         counts.update(splitter.split(text))
     return counts
 
@@ -113,7 +115,7 @@ def train_merges(chunk_counts: dict[str, int], size: int, min_count: int = 2) ->
     queue = [(-count, pair) for pair, count in pair_counts.items()]  # a count here may have fallen since
     heapq.heapify(queue)
     merges = []
-    progress = tqdm(total=size, desc="merges", unit="", leave=False, mininterval=0.5)
+    progress = tqdm(total=size, desc="merges", unit="", leave=False, mininterval=0.5, disable=None)
     while queue and len(merges) < size:
         count, pair = heapq.heappop(queue)
         if -count != pair_counts[pair]:

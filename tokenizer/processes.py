@@ -1,5 +1,6 @@
 """Work split over processes without pickling what goes in."""
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ def over_processes(work: Callable[[int], Any], processes: int) -> list[Any]:
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pipes = [context.Pipe(duplex=False) for _ in range(processes - 1)]
     children = [
-        context.Process(target=send_result, args=(work, part, writer), daemon=True)
+        context.Process(target=send_result, args=(work, part, writer, [reader for reader, _ in pipes]), daemon=True)
         for part, (_, writer) in enumerate(pipes, start=1)
     ]
     try:
@@ -30,13 +31,16 @@ def over_processes(work: Callable[[int], Any], processes: int) -> list[Any]:
                 child.join()
 
 
-def send_result(work: Callable[[int], Any], part: int, writer: Connection) -> None:
-    """In a child: send what `work(part)` returns, or the exception it raises."""
+def send_result(work: Callable[[int], Any], part: int, writer: Connection, readers: list[Connection]) -> None:
+    """In a child: send what `work(part)` returns, or the exception it raises; end quietly if the parent is gone."""
+    for reader in readers:
+        reader.close()  # the parent's ends, inherited: held open, they would let a child write to nobody for ever
     try:
         result = work(part)
     except Exception as error:
         result = error
-    writer.send(result)
+    with contextlib.suppress(BrokenPipeError):
+        writer.send(result)
 
 
 def receive_result(reader: Connection) -> Any:

@@ -66,7 +66,7 @@ def main(config: TrainConfig) -> None:
     special_tokens = [*CHAT_TOKENS, *config.special_tokens]
     check_flags(config, special_tokens)
     documents = Documents(corpus_files(config.input))
-    with cli.whole_folder(config.out, marker="tokenizer_config.json") as folder:
+    with cli.whole_folder(config.out, "tokenizer.json", "tokenizer_config.json", "tokenizer.model") as folder:
         if config.kind == "bpe":
             tokenizer, made = train_bpe(config, documents, special_tokens)
         else:
