@@ -67,14 +67,14 @@ def whole_folder(out: Path, *ours: str) -> Iterator[Path]:
     the files that this command writes: no other file of the user's is ever touched.
     """
     out = Path(os.path.realpath(out))
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    put_back(old, out)  # a run was killed while it replaced `out`
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
     for path in out.iterdir() if out.exists() else ():
         if not any(fnmatch(path.name, pattern) for pattern in ours):
             raise UserError(f"{out} holds other files, such as {path.name}: name a new or empty folder with --out")
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for left in (partial, old):  # of a killed run
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -84,8 +84,15 @@ def whole_folder(out: Path, *ours: str) -> Iterator[Path]:
         partial.rename(out)
         sync_path(out.parent)
     finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        put_back(old, out)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_back(old: Path, out: Path) -> None:
+    """End a replacement of `out` that moved what stood there to `old`: delete it if the new folder came, else undo."""
+    if old.exists() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

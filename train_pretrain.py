@@ -112,7 +112,9 @@ def main(config: PretrainConfig) -> None:
 
         loss = evaluate(run, config.steps, engine, batches)
         if not math.isfinite(loss):
-            raise UserError("the validation loss is no number, so no model is written: lower --learning-rate")
+            raise UserError(
+                "the validation loss is no number, so no model is written: lower --learning-rate, --resume never"
+            )
         finish(run, model, tokenizer)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import cli
 from cli import UserError
 from data.curate import CurateConfig, choose_split, cut_tail, main, write_lines
 
@@ -257,17 +256,27 @@ def test_another_folder_is_never_replaced(tmp_path: Path):
     assert (tmp_path / "corpus" / "precious.txt").read_text() == "mine"
 
 
-def test_a_kill_while_a_corpus_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At any deletion or renaming: the folder is the old one, the new one or absent, and the command can run again."""
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stop_while_a_corpus_is_replaced(killed, number, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At the first or second renaming: nothing is lost, even if the command that comes next fails."""
     (tmp_path / "in.txt").write_text("a line\nanother line\n")
     curate(tmp_path, tmp_path / "in.txt")
-    old = {path.name for path in (tmp_path / "corpus").iterdir()}
-    for step in ("rename", "rmtree"):
-        owner = Path if step == "rename" else cli.shutil
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, step, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                curate(tmp_path, tmp_path / "in.txt")
-        assert {path.name for path in (tmp_path / "corpus").iterdir()} == old
+    old = (tmp_path / "corpus" / "report.json").read_bytes()
+    calls, rename = [], Path.rename
+
+    def stop(path, target):
+        calls.append(path)
+        if len(calls) == number or (killed and len(calls) > number):  # a killed process puts nothing back
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", stop)
+        curate(tmp_path, tmp_path / "in.txt")
+    (tmp_path / "blank.txt").write_text(" ")
+    with pytest.raises(UserError, match="no document left"):
+        curate(tmp_path, tmp_path / "blank.txt")
+    assert (tmp_path / "corpus" / "report.json").read_bytes() == old
     curate(tmp_path, tmp_path / "in.txt")
-    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "corpus"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "blank.txt", "corpus"}

@@ -198,17 +198,19 @@ def test_documents_are_masked(pretrain: Pretrain, tokens: Path, tmp_path: Path, 
     assert all(documents is None for _, documents in seen)
 
 
-def test_an_evaluation_is_no_training_time(pretrain: Pretrain, tmp_path: Path, monkeypatch):
-    """On a clock that each evaluation puts forward by 1,000 seconds, no step takes that long."""
-    late, clock, windows = [0.0], time.perf_counter, TokenBatches.validation_windows
+@pytest.mark.parametrize(("owner", "name"), [(TokenBatches, "validation_windows"), (training, "save_checkpoint")])
+def test_what_is_no_training_time(owner, name, pretrain: Pretrain, tmp_path: Path, monkeypatch):
+    """On a clock that each evaluation, or each checkpoint, puts forward by 1,000 seconds, no step takes that long."""
+    late, clock, work = [0.0], time.perf_counter, getattr(owner, name)
 
-    def slow(self):
+    def slow(*arguments):
         late[0] += 1000.0
-        return windows(self)
+        return work(*arguments)
 
-    monkeypatch.setattr(TokenBatches, "validation_windows", slow)
+    monkeypatch.setattr(owner, name, slow)
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock() + late[0])
-    pretrain(tmp_path / "run", steps=7, eval_every=3)
+    often = {"eval_every": 3, "save_every": 0} if owner is TokenBatches else {"eval_every": 0, "save_every": 3}
+    pretrain(tmp_path / "run", steps=7, **often)
     assert late[0] == 3000.0
     assert training.read_metrics(tmp_path / "run", "train")[-1]["seconds"] < 500
 
